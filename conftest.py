@@ -1,0 +1,57 @@
+"Each notebook cell becomes a pytest item, so `pytest nbs` counts cells and names the one that broke. The cell rules are those of `nbdev_test`."
+import gc, os, sys, traceback
+import pytest
+from execnb.shell import CaptureShell
+from fastcore.all import str2bool, working_directory
+from nbdev.config import get_config
+from nbdev.frontmatter import FrontmatterProc
+from nbdev.process import NBProcessor
+
+cfg = get_config()
+
+def pytest_addoption(parser): parser.addoption('--nb-flags', default='', help='run cells with these flags too, e.g. "slow cuda"')
+
+def pytest_collect_file(file_path, parent):
+    if file_path.suffix=='.ipynb' and file_path.name[0] not in '._': return NbFile.from_parent(parent, path=file_path)
+
+class NbFile(pytest.File):
+    def collect(self):
+        skip = set(cfg.tst_flags.split()) - set(self.config.getoption('--nb-flags').split())
+        nb = NBProcessor(self.path, procs=FrontmatterProc, process=True).nb
+        if str2bool(getattr(nb, 'frontmatter_', {}).get('skip_exec', False)): return
+        for i,c in enumerate(nb.cells):
+            d = getattr(c, 'directives_', {}) or {}
+            if c.cell_type!='code' or not c.source.strip() or 'nbdev_export'+'(' in c.source: continue
+            if d.get('eval:', [''])[0].lower()=='false': continue
+            it = NbCell.from_parent(self, name=f'{i}-{c.id}')
+            it.source = c.source
+            for f in sorted(skip & d.keys()): it.add_marker(pytest.mark.skip(reason=f'#| {f}'))
+            yield it
+
+    def setup(self):
+        os.environ['IN_TEST'] = '1'
+        if str(cfg.config_path) not in sys.path: sys.path.insert(0, str(cfg.config_path))
+        self.k,self.failed = CaptureShell(self.path),None
+
+    def teardown(self):
+        "Free the notebook's models before the next one starts"
+        os.environ.pop('IN_TEST', None)
+        if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
+        self.k.reset(new_session=False)
+        self.k = None
+        gc.collect()
+
+class CellError(Exception): pass
+
+class NbCell(pytest.Item):
+    def runtest(self):
+        if self.parent.failed: pytest.skip(f'cell {self.parent.failed} failed before it')
+        with working_directory(self.path.parent): self.parent.k.run(self.source)
+        if e := self.parent.k.exc:
+            self.parent.failed = self.name
+            raise CellError(''.join(traceback.format_exception(e)[-3:])) from None
+
+    def repr_failure(self, e):
+        return f'{self.path.name}, cell {self.name}:\n\n{self.source}\n\n{e.value}' if isinstance(e.value, CellError) else super().repr_failure(e)
+
+    def reportinfo(self): return self.path, 0, f'{self.path.stem}::{self.name}'
