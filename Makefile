@@ -1,4 +1,4 @@
-# make demo | test | docs | outputs | readme | clean. Needs python3 (3.10-3.12), make and git; PYTHON=python3.12 picks another interpreter.
+# make demo | test | docs | outputs | readme | set-up | clean. Needs python3 (3.10-3.12), make and git; PYTHON=python3.12 picks another interpreter.
 PYTHON   ?= python3
 VENV     ?= .venv
 DEMO_OUT ?= demo_out
@@ -18,7 +18,7 @@ ORACLES  := mergekit immutables autoawq
 RUN_OK   := $(VENV)/.run-$(KEY)
 DEV_OK   := $(VENV)/.dev-$(KEY)
 
-.PHONY: demo test docs outputs readme clean
+.PHONY: demo test set-up docs outputs readme clean
 
 demo: $(RUN_OK)
 	rm -rf "$(DEMO_OUT)"
@@ -26,6 +26,8 @@ demo: $(RUN_OK)
 
 test: $(DEV_OK)
 	@$(BIN)/python -m pytest -q -ra nbs tests
+
+set-up: $(DEV_OK)
 
 docs: $(DEV_OK)
 	$(BIN)/python tools/site.py
