@@ -31,14 +31,14 @@ class NbFile(pytest.File):
     def setup(self):
         os.environ['IN_TEST'] = '1'
         if str(cfg.config_path) not in sys.path: sys.path.insert(0, str(cfg.config_path))
-        self.k,self.failed = CaptureShell(self.path),None
+        self.failed = None
+        self.k = CaptureShell(self.path)
 
     def teardown(self):
         "Free the notebook's models before the next one starts"
         os.environ.pop('IN_TEST', None)
         if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
-        self.k.reset(new_session=False)
-        self.k = None
+        if k := self.__dict__.pop('k', None): k.reset(new_session=False)
         gc.collect()
 
 class CellError(Exception): pass
