@@ -6,10 +6,11 @@
 __all__ = ['ITEM_BYTES', 'SUPPORTED', 'PARTS', 'BadInput', 'read_json', 'Entry', 'read_header', 'Checkpoint', 'resolve_source',
            'part_of', 'check_supported', 'inspect']
 
-# %% ../nbs/00_headers.ipynb #e540b4dd
+# %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
-from pathlib import Path
 from collections import defaultdict
+from importlib.resources import files
+from pathlib import Path
 from typing import NamedTuple
 
 # %% ../nbs/00_headers.ipynb #80849ec2
@@ -91,12 +92,12 @@ class Checkpoint:
     def nbytes(self) -> int: return sum(e.end-e.start for e in self.entries.values())
     def __repr__(self): return f'{self.folder.name}: {self.config.get("model_type")}, {len(self.entries):,} tensors, {self.nbytes/1e6:,.1f} MB'
 
-# %% ../nbs/00_headers.ipynb #f2c9037a
+# %% ../nbs/00_headers.ipynb #ccec38e7
 def resolve_source(
     src:str, # a local folder, a hub id such as `deepseek-ai/DeepSeek-V2-Lite`, or `demo`
 ) -> Path: # a local folder
     "Find a checkpoint; a hub id is downloaded to the hub's cache, safetensors and text files only."
-    if str(src)=='demo': return Path(__file__).parent/'teacher'
+    if str(src)=='demo': return Path(str(files('moe_fuse')))/'teacher'
     if Path(src).is_dir(): return Path(src)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(src)) or Path(src).exists(): raise BadInput(f'{src}: no such folder, and not a hub id')
     from huggingface_hub import snapshot_download
