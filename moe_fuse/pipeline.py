@@ -415,7 +415,7 @@ def execute(
     writer.publish()
     return Run(report, held, logits)
 
-# %% ../nbs/08_pipeline.ipynb #cac55cb9
+# %% ../nbs/08_pipeline.ipynb #d6d9d81e
 def compress(
     src, out,               # teacher (folder, hub id or `demo`); folder to write
     keep=.25,               # share of the routed experts' weights that stays
@@ -426,7 +426,7 @@ def compress(
     eval_tokens=65536,      # at most
     shared_share=0.,        # share of the budget that becomes always-on neurons
     distill_steps=0,        # of Adam a layer, after the closed form
-    lr=1e-3,                # of those
+    lr=2e-3,                # of those
     baselines=('reap','mean'), # measured beside the student at the same bytes
     dtype='bfloat16',       # of the student's weights on disk
     seed=0, device='auto', resume=False, quiet=False,
