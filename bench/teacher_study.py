@@ -26,6 +26,6 @@ for keep,steps in (r.split(':') for r in a.rows.split(',')):
         if any(r['key']==key for r in rows): continue
         with tempfile.TemporaryDirectory() as d:
             r = compress(a.teacher, Path(d)/'out', calibration=files('train'), eval_data=files('valid'), eval_tokens=None, quiet=True, **key).report
-        rows.append(dict(key=key) | {k: r[k] for k in ('evaluation', 'sizes', 'fvu', 'calibration', 'held_out', 'seconds', 'device', 'versions', 'date')})
+        rows.append(dict(key=key) | {k: r[k] for k in ('evaluation', 'sizes', 'fvu', 'calibration', 'held_out', 'device', 'versions', 'date')})
         a.out.parent.mkdir(exist_ok=True, parents=True); write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
         print(key, {k: round(v['mean']['kl'], 4) for k,v in r['evaluation'].items()}, {k: round(v) for k,v in r['seconds'].items() if v>1}, flush=True)

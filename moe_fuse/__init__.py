@@ -1,1 +1,12 @@
 __version__ = "0.0.1"
+
+_modules = 'headers', 'awq_loading', 'stdlib_text', 'calibration', 'expert_analysis', 'fusion', 'multiplex_lora', 'healing', 'checkpoint', 'evaluation', 'pipeline'
+
+def __getattr__(name):
+    "Public names of all modules, imported when they are asked for: `import moe_fuse` alone loads no torch."
+    from importlib import import_module
+    if name.startswith('_') or name in _modules: raise AttributeError(f"module 'moe_fuse' has no attribute {name!r}")
+    for m in _modules:
+        mod = import_module(f'moe_fuse.{m}')
+        if name in mod.__all__: return getattr(mod, name)
+    raise AttributeError(f"module 'moe_fuse' has no attribute {name!r}")

@@ -101,7 +101,7 @@ class FusedMoE(nn.Module):
             self.a_gate_up, self.b_gate, self.b_up = zeros(n, 2*rank, h), zeros(n, i, rank), zeros(n, i, rank)
             self.a_down, self.b_down = zeros(n, rank, i), zeros(n, h, rank)
 
-# %% ../nbs/04_multiplex_lora.ipynb #bfd2ae3f
+# %% ../nbs/04_multiplex_lora.ipynb #1bb81632
 class CorePairs(NamedTuple):
     "Distinct (token, core) pairs of one batch, sorted by core."
     token: torch.Tensor # [Q] row of the token
@@ -117,9 +117,14 @@ def core_pairs(
     n_tokens:int,        # T
 ) -> CorePairs:
     "Merge the experts of a token that live in one core."
-    pair, inv = (groups[p.expert]*n_tokens + p.token).unique(return_inverse=True)
-    s = p.weight.new_zeros(len(pair)).index_add_(0, inv, p.weight)
-    return CorePairs(pair%n_tokens, (pair//n_tokens).bincount(minlength=n_cores).tolist(), inv, p.weight/s[inv], s)
+    core = groups[p.expert]
+    s = p.weight.new_zeros(n_cores, n_tokens)
+    s.index_put_((core, p.token), p.weight, accumulate=True)                   # s_e(x), zero where no member fired
+    fired = torch.zeros_like(s, dtype=torch.bool); fired[core, p.token] = True
+    where = fired.flatten().cumsum(0).view_as(s) - 1                           # row of each (core, token) pair
+    token, weight = fired.nonzero()[:,1], s[fired]
+    inv = where[core, p.token]
+    return CorePairs(token, fired.sum(1).tolist(), inv, p.weight/weight[inv], weight)
 
 # %% ../nbs/04_multiplex_lora.ipynb #0f527de6
 def _sum(x, to, n): return x.new_zeros(n, *x.shape[1:]).index_add_(0, to, x)

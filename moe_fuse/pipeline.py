@@ -89,7 +89,7 @@ def teacher_layer(
         y.write(a, out); s.new.write(a, h+out)
     return stats
 
-# %% ../nbs/08_pipeline.ipynb #32ed3f0a
+# %% ../nbs/08_pipeline.ipynb #fa13a5ae
 class Targets(NamedTuple):
     "Inputs of a block and what it should put out, row by row."
     layer: nn.Module   # decoder layer of the teacher
@@ -97,9 +97,10 @@ class Targets(NamedTuple):
     student: Stream    # its `new` holds the states after the student's attention
     y: States          # the teacher's block output, shared expert included
     device: str
-    def for_student(self, a, b, drift=.5): # (x, wanted output), both [b-a, H]
+    drift: float       # 0 asks for the teacher's output, 1 for the teacher's stream
+    def for_student(self, a, b): # (x, wanted output), both [b-a, H]
         h, y = self.student.new.read(a, b, self.device), self.y.read(a, b, self.device)
-        return self.layer.post_attention_layernorm(h), y + drift*(self.teacher.new.read(a, b, self.device) - h - y)
+        return self.layer.post_attention_layernorm(h), y + self.drift*(self.teacher.new.read(a, b, self.device) - h - y)
     def for_teacher(self, a, b): # (x, output), both [b-a, H]
         y = self.y.read(a, b, self.device)
         return self.layer.post_attention_layernorm(self.teacher.new.read(a, b, self.device) - y), y
@@ -274,7 +275,7 @@ def block_sizes(
     return dict(moe_intermediate_size=c.moe_intermediate_size, n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
                 n_group=c.n_group, topk_group=c.topk_group)
 
-# %% ../nbs/08_pipeline.ipynb #0ef01b98
+# %% ../nbs/08_pipeline.ipynb #81417066
 def run_layers(
     ck:Checkpoint, model:nn.Module, # the teacher
     kinds:list,                     # students to make, the one to be written first
@@ -297,7 +298,7 @@ def run_layers(
         round_weights(layer, job.dtype); t = job.stage('teacher', t); job.bar.update()
         for k in kinds:
             job.bar.set_description(f'layer {i}: {k}')
-            targets = Targets(layer, streams['teacher'], streams[k], y, job.device)
+            targets = Targets(layer, streams['teacher'], streams[k], y, job.device, job.recipe['drift'])
             moe, found = student_layer(k, layer, stats, targets, job)
             if found: run['fvu'].setdefault(k, {})[str(i)] = found
             if k==kinds[0]: own = moe
@@ -415,7 +416,7 @@ def execute(
     writer.publish()
     return Run(report, held, logits)
 
-# %% ../nbs/08_pipeline.ipynb #d6d9d81e
+# %% ../nbs/08_pipeline.ipynb #bc4d9723
 def compress(
     src, out,               # teacher (folder, hub id or `demo`); folder to write
     keep=.25,               # share of the routed experts' weights that stays
@@ -425,6 +426,7 @@ def compress(
     eval_data=None,         # held-out text; None takes `demo`
     eval_tokens=65536,      # at most
     shared_share=0.,        # share of the budget that becomes always-on neurons
+    drift=.5,               # share of the distance to the teacher's stream that a layer is asked to make up for
     distill_steps=0,        # of Adam a layer, after the closed form
     lr=2e-3,                # of those
     baselines=('reap','mean'), # measured beside the student at the same bytes
@@ -434,7 +436,7 @@ def compress(
     "Shrink a checkpoint and say what it cost."
     start, source = time.time(), Checkpoint(resolve_source(src))
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
-    recipe = dict(method=method, keep=keep, shared_share=shared_share, distill_steps=distill_steps, lr=lr, tokens=tokens, eval_tokens=eval_tokens,
+    recipe = dict(method=method, keep=keep, shared_share=shared_share, drift=drift, distill_steps=distill_steps, lr=lr, tokens=tokens, eval_tokens=eval_tokens,
                   baselines=list(baselines), dtype=dtype, seed=seed)
     kinds = check_recipe(source, recipe)
     tok = AutoTokenizer.from_pretrained(source.folder)
