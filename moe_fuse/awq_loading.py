@@ -6,14 +6,13 @@
 __all__ = ['AWQ_ORDER', 'dequantize_fp8', 'quantize_fp8', 'awq_shifts', 'unpack_awq', 'pack_awq', 'dequantize_awq',
            'quantize_awq', 'empty_model', 'load_experts', 'load_module', 'free']
 
-# %% ../nbs/00_awq_loading.ipynb #b133c077
+# %% ../nbs/00_awq_loading.ipynb #6110ced8
 import torch
 from fastcore.basics import patch
 from safetensors import safe_open
 from torch import nn
 from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.utils import logging as hf_logging
 
 from .headers import *
 

@@ -176,7 +176,7 @@ def layer_forward(
     h = attend(layer, h, lengths, rotary)
     return h + layer.mlp(layer.post_attention_layernorm(h))
 
-# %% ../nbs/01_calibration.ipynb #64f8abd0
+# %% ../nbs/01_calibration.ipynb #56d95695
 def stream_layers(
     ck:Checkpoint,       # where the weights are
     model:nn.Module,     # `empty_model(ck)`
@@ -193,10 +193,11 @@ def embed_tokens(
     ck:Checkpoint,    # where the embedding is
     ids:torch.Tensor, # [T] token ids
     states:States,    # [T, H], filled
+    dtype=torch.float32, # what the weights are rounded to
     chunk=8192,       # tokens at a time
 ):
     "Write the embedding of every token."
-    w = ck.weight('model.embed_tokens.weight')
+    w = ck.weight('model.embed_tokens.weight', dtype)
     for a in range(0, len(ids), chunk): states.write(a, w[ids[a:a+chunk]])
     ck.close()
 

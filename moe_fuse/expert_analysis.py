@@ -123,7 +123,7 @@ def __iadd__(self:LayerStats, o):
     for k in 'coactivation','mass','output','usefulness': setattr(self, k, getattr(self, k)+getattr(o, k))
     return self
 
-# %% ../nbs/02_expert_analysis.ipynb #58fed384
+# %% ../nbs/02_expert_analysis.ipynb #e8cc0287
 @patch
 def update(self:LayerStats,
     experts:nn.Module, # the layer's experts
@@ -132,13 +132,13 @@ def update(self:LayerStats,
     p:Pairs,           # the pairs, k a token
     top_k:int,         # k
 ):
-    "Add one batch; accumulates in float64."
+    "Add one batch; batches are summed in float64."
     ids = p.expert[p.token.argsort(stable=True)].view(-1, top_k)
     self.coactivation += torch.from_numpy(coactivation(ids.cpu().numpy(), len(p.counts)))
     self.mass.index_add_(0, p.expert, p.weight.double())
     self.output.index_add_(0, p.expert, (p.weight*f.float().norm(dim=1)).double())
-    energy = torch.zeros_like(self.usefulness).index_add_(0, p.expert, (p.weight[:,None]*h.float()).square().double())
-    self.usefulness += energy * experts.down_proj.float().square().sum(1)
+    energy = torch.stack([e.sum(0) for e in (p.weight[:,None]*h.float()).square().split(p.counts)])
+    self.usefulness += energy.double() * experts.down_proj.float().square().sum(1)
 
 # %% ../nbs/02_expert_analysis.ipynb #ff13f82e
 def energy_kept(

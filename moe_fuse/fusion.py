@@ -33,7 +33,7 @@ def take_neurons(
     rows = torch.cat([idx, idx+i], 1)                                          # gate rows first, then up rows
     return experts.gate_up_proj.gather(1, rows[...,None].expand(-1, -1, h)), experts.down_proj.gather(2, idx[:,None].expand(-1, h, -1))
 
-# %% ../nbs/03_fusion.ipynb #14b02654
+# %% ../nbs/03_fusion.ipynb #3fe57dc2
 def slim_widths(
     n_experts:int,    # N
     width:int,        # I, neurons of one expert
@@ -46,10 +46,10 @@ def slim_widths(
     if not 0<=shared_share<1: raise BadInput(f'shared_share is {shared_share}, it must lie in [0, 1)')
     if keep==1 and not shared_share: return width, 0, n_shared
     budget = int(n_experts*width*keep + 1e-6)
-    for r in range(int(budget*(1-shared_share)/n_experts + 1e-6), 0, -1):
-        new = max(-(-n_shared*width//r), (n_shared*width+budget-n_experts*r)//r if shared_share else 0)  # multiples of r
-        if n_experts*r + new*r - n_shared*width <= budget: return r, new*r-n_shared*width, new
-    raise BadInput(f'keep is {keep}, which leaves less than one neuron an expert')
+    for r in range(int(budget*(1-shared_share)/n_experts + 1e-6)//8*8, 0, -8):
+        new = (n_shared*width + budget - n_experts*r)//r                       # shared experts of width r that the rest pays for
+        if new*r >= n_shared*width: return r, new*r-n_shared*width, new
+    raise BadInput(f'keep is {keep}, which leaves less than 8 neurons an expert')
 
 # %% ../nbs/03_fusion.ipynb #b1c43ca4
 def choose_always_on(
@@ -114,14 +114,15 @@ def fvu(
     "Fraction of variance unexplained; 0 is exact, 1 is no better than the mean."
     return ((y-y_hat).square().sum() / (y-y.mean(0)).square().sum()).item()
 
-# %% ../nbs/03_fusion.ipynb #56be0435
+# %% ../nbs/03_fusion.ipynb #340b93b3
 def pruned_groups(
     n_keep:int, n_group:int, topk_group:int, top_k:int, # experts that stay; the router's three numbers
 ): # (n_group, topk_group) for the smaller router
     "Group settings a stock router accepts: equal groups of at least 2, and enough candidates for top_k."
     if n_keep<max(top_k, 2): raise BadInput(f'{n_keep} experts are fewer than the {max(top_k, 2)} that the router needs')
     g = next(g for g in range(n_group, 0, -1) if n_group%g==0 and n_keep%g==0 and n_keep//g>=2)
-    return g, min(g, max(-(-topk_group*g//n_group), -(-top_k*g//n_keep)))
+    used = min(g, max(-(-topk_group*g//n_group), -(-top_k*g//n_keep)))
+    return (g, used) if used<g else (1, 1)                                     # all groups used is no groups; llama.cpp aborts on equal numbers
 
 def prune_experts(
     saliency:torch.Tensor, # [N] any score, higher stays

@@ -208,7 +208,7 @@ def student_layer(
     job.stage(f'{kind}: forward', t)
     return moe, found
 
-# %% ../nbs/08_pipeline.ipynb #cccbfc8c
+# %% ../nbs/08_pipeline.ipynb #7d444263
 METHODS = 'slim', 'reap'  # those that a stock engine can load
 
 def check_recipe(
@@ -219,7 +219,7 @@ def check_recipe(
     c = ck.config; check_supported(c)
     if recipe['method'] not in METHODS: raise BadInput(f"method {recipe['method']!r} is none of {', '.join(METHODS)}")
     for b in recipe['baselines']:
-        if b not in KINDS: raise BadInput(f'baseline {b!r} is none of {", ".join(KINDS)}')
+        if b not in ('reap', 'mean'): raise BadInput(f'baseline {b!r} is neither reap nor mean')
     if recipe['distill_steps']<0: raise BadInput(f"distill_steps is {recipe['distill_steps']}, it must not be negative")
     if not hasattr(torch, recipe['dtype']) or not getattr(torch, recipe['dtype']).is_floating_point: raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
     slim_widths(c['n_routed_experts'], c['moe_intermediate_size'], c.get('n_shared_experts') or 0, recipe['keep'], recipe['shared_share'])
@@ -275,7 +275,7 @@ def block_sizes(
     return dict(moe_intermediate_size=c.moe_intermediate_size, n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
                 n_group=c.n_group, topk_group=c.topk_group)
 
-# %% ../nbs/08_pipeline.ipynb #81417066
+# %% ../nbs/08_pipeline.ipynb #0c3e7616
 def run_layers(
     ck:Checkpoint, model:nn.Module, # the teacher
     kinds:list,                     # students to make, the one to be written first
@@ -290,7 +290,7 @@ def run_layers(
     y = States(n, h, folder/'y')
     t = time.perf_counter()
     if fresh:
-        for s in streams.values(): embed_tokens(ck, torch.cat([job.cal.ids, job.held.ids]), s.old)
+        for k,s in streams.items(): embed_tokens(ck, torch.cat([job.cal.ids, job.held.ids]), s.old, torch.float32 if k=='teacher' else job.dtype)
         writer.write(0, head_tensors(ck, job.dtype)); run['layer'] = 0
     for i,layer in stream_layers(ck, model, run['layer'], device=job.device):
         job.bar.set_description(f'layer {i}: teacher'); t = job.stage('read', t)
@@ -312,16 +312,17 @@ def run_layers(
         t = job.stage('write', t)
     return streams
 
-# %% ../nbs/08_pipeline.ipynb #d6d3960b
+# %% ../nbs/08_pipeline.ipynb #612bed35
 class Run(NamedTuple):
     "What `compress` hands back."
     report: dict     # what report.json holds
     held: TokenSet   # held-out tokens
     logits: dict     # kind or `teacher` -> function of (a, b) that gives logits of held-out rows a to b
 
+    def __repr__(self): return table(self.report)
     def _repr_markdown_(self): return table(self.report)
 
-# %% ../nbs/08_pipeline.ipynb #38d9c695
+# %% ../nbs/08_pipeline.ipynb #4f9da9a1
 def peak_memory() -> dict: # bytes
     "Peak resident memory of this process, and of the GPU if there is one."
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform=='darwin' else 1024)
@@ -335,16 +336,19 @@ def kind_sizes(
 ) -> dict: # kind or `teacher` -> routed, total, active parameters, and bytes as stored in the student's dtype
     "Exact parameters of everybody; always-on neurons count as routed, for that is what they are paid with."
     item, n, k = getattr(torch, recipe['dtype']).itemsize, teacher['experts'], teacher['top_k']
-    t, s = teacher['parameters'], student['parameters']
+    t, s, n_keep = teacher['parameters'], student['parameters'], max(1, round(n*recipe['keep']))
     rest = teacher['total'] - t['mtp'] - t['routed experts'] - t['router']
-    n_keep = max(1, round(n*recipe['keep']))
-    def row(routed, active, router): return dict(routed=routed, total=rest+router+routed, active=rest+router+active, bytes=(rest+router+routed)*item)
-    out = dict(teacher=row(t['routed experts'], t['routed experts']*k//n, t['router']))
+    router_bytes = student['bytes_by_part']['router']*n//student['experts']    # its bias included, in dtypes of their own
+    def row(routed, active, router=1.):
+        r = round(t['router']*router)
+        return dict(routed=routed, total=rest+r+routed, active=rest+r+active, bytes=(rest+routed)*item+round(router_bytes*router))
+    out = dict(teacher=row(t['routed experts'], t['routed experts']*k//n))
     for kind in kinds:
-        if kind=='slim' and kind==kinds[0]:
+        if kind=='slim':
             on = s['shared experts']-t['shared experts']
-            out[kind] = row(s['routed experts']+on, s['routed experts']*k//n+on, t['router'])
-        else: out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*(k if kind=='reap' else min(k, n_keep))//n, t['router']*n_keep//n if kind=='reap' else t['router'])
+            out[kind] = row(s['routed experts']+on, s['routed experts']*k//n+on)
+        elif kind=='reap': out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*k//n, n_keep/n)
+        else: out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*min(k, n_keep)//n)
     return out
 
 # %% ../nbs/08_pipeline.ipynb #845dc5d4
@@ -386,7 +390,7 @@ def plot_report(
     right.set(xlabel=f'size in {report["recipe"]["dtype"]}, MB', ylabel='held-out loss, nats a token', title='What the whole model lost')
     with open(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 
-# %% ../nbs/08_pipeline.ipynb #a3bcc625
+# %% ../nbs/08_pipeline.ipynb #e36df369
 def execute(
     source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, # from `compress`
 ) -> Run:
@@ -398,12 +402,13 @@ def execute(
         streams = run_layers(source, model, kinds, writer, run, job)
         bar.set_description('evaluation')
         t = time.perf_counter()
-        last, states = last_layer(source, model, device=device), {k: s.old.read(n, n+len(held)) for k,s in streams.items()}
-        logits = {k: (lambda a, b, s=s: last(s[a:b].to(device))) for k,s in states.items()}
+        states = {k: s.old.read(n, n+len(held)) for k,s in streams.items()}
+        heads = [last_layer(source, empty_model(source), device=device) for _ in range(2)]
+        round_weights(heads[1], job.dtype)
+        logits = {k: (lambda a, b, s=s, head=heads[k!='teacher']: head(s[a:b].to(device))) for k,s in states.items()}
         with torch.no_grad(): results = {k: compare(held, logits['teacher'], logits[k]) for k in kinds}
         job.stage('evaluation', t)
     for s in streams.values(): s.close()
-    shutil.rmtree(writer.partial/'states')
     before, after = inspect(source), inspect(writer.close(student_config(source.config, run['block'], recipe['dtype']), source.folder))
     report = dict(source=dict(name=name, **before), student=after, recipe=recipe, kinds=kinds, sizes=kind_sizes(before, after, recipe, kinds),
                   calibration=dict(tokens=cal.count(), sha256=cal.sha256), held_out=dict(tokens=held.count(), sha256=held.sha256),
@@ -412,7 +417,7 @@ def execute(
                   date=time.strftime('%Y-%m-%d'))
     write_atomic(writer.partial/'report.json', json.dumps(report, indent=1)+'\n')
     plot_report(report, writer.partial/'report.png')
-    (writer.partial/'run.json').unlink()
+    (writer.partial/'run.json').unlink(); shutil.rmtree(writer.partial/'states')
     writer.publish()
     return Run(report, held, logits)
 
