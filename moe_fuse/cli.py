@@ -54,13 +54,13 @@ def show_inspect(
             f"{mb(info['total'])} parameters, {mb(info['active'])} active a token, {size(info['bytes'])}; " + ', '.join(f'{n} tensors {f}' for f,n in info['formats'].items())]
     return '\n'.join(rows + [f'  {k:<15} {n:>16,} parameters {size(info["bytes_by_part"][k]):>12}' for k,n in sorted(info['parameters'].items(), key=lambda r: -r[1]) if n])
 
-# %% ../nbs/20_cli.ipynb #34549046
+# %% ../nbs/20_cli.ipynb #26d89fe9
 def run_command(
     a:argparse.Namespace, # what was typed
 ) -> str: # what goes to stdout
     "Do one command."
     if a.command=='inspect':
-        info = inspect(Checkpoint(resolve_source(a.src)))
+        info = inspect(open_headers(a.src))
         return json.dumps(info) if a.json else show_inspect(info)
     import torch
     if a.device not in ('auto', 'cpu', 'cuda') or (a.device=='cuda' and not torch.cuda.is_available()): raise BadInput(f'device {a.device!r} is not there; auto takes what is')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ITEM_BYTES', 'SUPPORTED', 'PARTS', 'BadInput', 'read_json', 'Entry', 'read_header', 'Checkpoint', 'resolve_source',
-           'part_of', 'check_supported', 'inspect']
+           'open_headers', 'part_of', 'check_supported', 'inspect']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
@@ -103,6 +103,20 @@ def resolve_source(
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(src, allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.txt', '*.model']))
     except Exception as e: raise BadInput(f'{src}: no such folder, and the hub gave no answer ({type(e).__name__})') from None
+
+# %% ../nbs/00_headers.ipynb #d80f0c4e
+def open_headers(
+    src:str, # as in `resolve_source`
+) -> Checkpoint: # for a hub id: headers only, nothing to read weights from
+    "The headers of a checkpoint, without downloading its weights."
+    if str(src)=='demo' or Path(src).exists() or not re.fullmatch(r'[\w.-]+/[\w.-]+', str(src)): return Checkpoint(resolve_source(src))
+    from huggingface_hub import get_safetensors_metadata, hf_hub_download
+    ck = Checkpoint.__new__(Checkpoint)
+    try: ck.folder, files = Path(hf_hub_download(src, 'config.json')).parent, get_safetensors_metadata(src).files_metadata
+    except Exception as e: raise BadInput(f'{src}: no such folder, and the hub gave no answer ({type(e).__name__})') from None
+    ck.config, ck._open = read_json(ck.folder/'config.json'), {}
+    ck.entries = {k: Entry(f, t.dtype, tuple(t.shape), *t.data_offsets) for f,m in files.items() for k,t in m.tensors.items()}
+    return ck
 
 # %% ../nbs/00_headers.ipynb #94afa2ed
 SUPPORTED = dict(deepseek_v2='DeepseekV2ForCausalLM', deepseek_v3='DeepseekV3ForCausalLM')

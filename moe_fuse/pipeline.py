@@ -312,10 +312,11 @@ def run_layers(
         t = job.stage('write', t)
     return streams
 
-# %% ../nbs/08_pipeline.ipynb #612bed35
+# %% ../nbs/08_pipeline.ipynb #0b9f2934
 class Run(NamedTuple):
     "What `compress` hands back."
     report: dict     # what report.json holds
+    out: Path        # the folder that was written
     held: TokenSet   # held-out tokens
     logits: dict     # kind or `teacher` -> function of (a, b) that gives logits of held-out rows a to b
 
@@ -390,7 +391,7 @@ def plot_report(
     right.set(xlabel=f'size in {report["recipe"]["dtype"]}, MB', ylabel='held-out loss, nats a token', title='What the whole model lost')
     with open(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 
-# %% ../nbs/08_pipeline.ipynb #e36df369
+# %% ../nbs/08_pipeline.ipynb #a1de1eff
 def execute(
     source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, # from `compress`
 ) -> Run:
@@ -419,7 +420,7 @@ def execute(
     plot_report(report, writer.partial/'report.png')
     (writer.partial/'run.json').unlink(); shutil.rmtree(writer.partial/'states')
     writer.publish()
-    return Run(report, held, logits)
+    return Run(report, writer.out, held, logits)
 
 # %% ../nbs/08_pipeline.ipynb #bc4d9723
 def compress(
