@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['layer_tensors', 'student_config', 'write_atomic', 'file_sha256', 'CheckpointWriter']
 
-# %% ../nbs/06_checkpoint.ipynb #ab5ed374
-import hashlib, json, os, shutil
+# %% ../nbs/06_checkpoint.ipynb #e38cb6ad
+import contextlib, hashlib, json, os, shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -64,17 +65,30 @@ def file_sha256(
         while b := f.read(2**22): h.update(b)
     return h.hexdigest()
 
-# %% ../nbs/06_checkpoint.ipynb #53936575
+# %% ../nbs/06_checkpoint.ipynb #8301f59f
+def _is_text(f):
+    "A tokenizer or generation file, copied from the teacher"
+    return f.name.startswith(('tokenizer', 'special_tokens', 'vocab', 'merges', 'added_tokens', 'chat_template', 'generation_config'))
+
+# %% ../nbs/06_checkpoint.ipynb #30350e49
 class CheckpointWriter:
     "A checkpoint that grows shard by shard in a partial folder and takes its final name at the end."
     def __init__(self,
         out,      # folder to make; may not exist, or must be empty
         n_shards, # that it will have
     ):
-        self.out, self.n_shards = Path(out), n_shards
+        self.out, self.n_shards = Path(out).absolute(), n_shards
         self.partial = self.out.with_name(self.out.name+'.partial')
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())): raise BadInput(f'{out}: not an empty folder')
+        ours = lambda f: f.name in ('states', 'run.json') or f.name.startswith(('model-', 'report.', 'config.', 'model.')) or f.suffix=='.tmp' or _is_text(f)
+        if self.partial.exists() and not all(map(ours, self.partial.iterdir())): raise BadInput(f'{self.partial}: exists and is not an interrupted run')
+        self.made = [p for p in self.partial.parents if not p.exists()]
         self.partial.mkdir(parents=True, exist_ok=True)
+    def remove(self):
+        "Leave nothing behind, not even folders made on the way."
+        shutil.rmtree(self.partial, ignore_errors=True)
+        for p in self.made:
+            with contextlib.suppress(OSError): p.rmdir()
     def shard(self, i): return self.partial/f'model-{i+1:05}-of-{self.n_shards:05}.safetensors'
     def write(self,
         i:int,        # shard, from 0
@@ -82,7 +96,8 @@ class CheckpointWriter:
     ):
         "Write a shard under a temporary name, then give it its own."
         tmp = self.shard(i).with_suffix('.tmp')
-        save_file(tensors, tmp, metadata={'format':'pt'})
+        try: save_file(tensors, tmp, metadata={'format':'pt'})
+        except SafetensorError as e: raise OSError(f'{tmp}: {e}') from None
         os.replace(tmp, self.shard(i))
     def close(self,
         config:dict, # config.json
@@ -94,7 +109,7 @@ class CheckpointWriter:
         total = sum(e.end-e.start for h in heads.values() for e in h.values())
         write_atomic(self.partial/'config.json', json.dumps(config, indent=2)+'\n')
         for f in sorted(Path(source).iterdir()):
-            if f.name.startswith(('tokenizer', 'special_tokens', 'vocab', 'merges', 'added_tokens', 'chat_template', 'generation_config')): shutil.copy(f, self.partial/f.name)
+            if _is_text(f): shutil.copy(f, self.partial/f.name)
         write_atomic(self.partial/'model.safetensors.index.json', json.dumps(dict(metadata=dict(total_size=total), weight_map=weight_map), indent=2)+'\n')
         return Checkpoint(self.partial)
     def publish(self):

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['compare', 'logits_of', 'evaluate']
 
-# %% ../nbs/07_evaluation.ipynb #9ea0d6cd
+# %% ../nbs/07_evaluation.ipynb #8c262d38
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer
 
 from .awq_loading import *
 from .calibration import *
@@ -38,7 +37,7 @@ def compare(
     res = {d: dict(zip(names, (sums[d]/max(n[d],1)).tolist())) | dict(tokens=n[d]) for d in sorted(sums)}
     return res | dict(mean={k: sum(r[k] for r in res.values())/len(res) for k in names} | dict(tokens=sum(n.values())))
 
-# %% ../nbs/07_evaluation.ipynb #55251a9e
+# %% ../nbs/07_evaluation.ipynb #9f8fcc7e
 def logits_of(
     ck:Checkpoint,   # any supported checkpoint
     tokens:TokenSet, # T tokens
@@ -63,5 +62,7 @@ def evaluate(
 ) -> dict: # as `compare`
     "Compare a student with its teacher on held-out text, with the teacher's tokenizer."
     s, t = (Checkpoint(resolve_source(x)) for x in (student, against))
-    tokens = sample_tokens(read_docs(data, 'valid'), AutoTokenizer.from_pretrained(t.folder), n_tokens)
+    check_supported(s.config); check_supported(t.config)
+    if s.config['vocab_size']!=t.config['vocab_size']: raise BadInput(f"vocabularies differ: {s.config['vocab_size']} and {t.config['vocab_size']} tokens")
+    tokens = sample_tokens(read_docs(data, 'valid'), load_tokenizer(t.folder), n_tokens)
     return compare(tokens, logits_of(t, tokens, device), logits_of(s, tokens, device))

@@ -27,7 +27,7 @@ def read_json(
     if not isinstance(d, dict): raise BadInput(f'{path}: expected a JSON object, found {type(d).__name__}')
     return d
 
-# %% ../nbs/00_headers.ipynb #dafcadba
+# %% ../nbs/00_headers.ipynb #dc1ce9e8
 ITEM_BYTES = dict(F64=8, F32=4, F16=2, BF16=2, F8_E4M3=1, F8_E5M2=1, F8_E8M0=1, I64=8, I32=4, I16=2, I8=1, U8=1, BOOL=1)
 
 class Entry(NamedTuple):
@@ -49,22 +49,25 @@ def read_header(
         n = int.from_bytes(f.read(8), 'little')
         if not 2 <= n <= size-8: raise BadInput(f'{path}: truncated or not safetensors (header of {n} bytes in a file of {size})')
         try: head = json.loads(f.read(n))
-        except ValueError: raise BadInput(f'{path}: the safetensors header is not JSON') from None
+        except (ValueError, RecursionError): raise BadInput(f'{path}: the safetensors header is not JSON') from None
+    if not isinstance(head, dict): raise BadInput(f'{path}: the safetensors header is not a JSON object')
     return {k:_entry(path, k, v, 8+n, size) for k,v in head.items() if k!='__metadata__'}
 
-# %% ../nbs/00_headers.ipynb #4ed54893
+# %% ../nbs/00_headers.ipynb #e9fc897f
 def _entry(path, name, v, base, size):
     "Check one row of a header"
-    try: dtype, shape, (a, b) = v['dtype'], tuple(v['shape']), v['data_offsets']
-    except (TypeError, KeyError, ValueError): raise BadInput(f'{path}: header entry of {name} is damaged') from None
-    if dtype not in ITEM_BYTES: raise BadInput(f'{path}: {name} has dtype {dtype}, which is not supported')
+    try: dtype, shape, (a, b) = v['dtype'], v['shape'], v['data_offsets']
+    except (TypeError, KeyError, ValueError): dtype = None
+    if not isinstance(dtype, str) or not isinstance(shape, list) or any(type(n) is not int or n<0 for n in (*shape, a, b)):
+        raise BadInput(f'{path}: header entry of {name!r} is damaged')
+    if dtype not in ITEM_BYTES: raise BadInput(f'{path}: {name!r} has dtype {dtype!r}, which is not supported')
     need = ITEM_BYTES[dtype]
     for d in shape: need *= d
-    if b-a != need or a<0: raise BadInput(f'{path}: {name} {dtype}{list(shape)} needs {need} bytes, its offsets span {b-a}')
-    if base+b > size: raise BadInput(f'{path}: truncated: {name} ends at byte {base+b}, the file at {size}')
-    return Entry(path.name, dtype, shape, base+a, base+b)
+    if b-a != need or a<0: raise BadInput(f'{path}: {name!r} {dtype}{shape} needs {need} bytes, its offsets span {b-a}')
+    if base+b > size: raise BadInput(f'{path}: truncated: {name!r} ends at byte {base+b}, the file at {size}')
+    return Entry(path.name, dtype, tuple(shape), base+a, base+b)
 
-# %% ../nbs/00_headers.ipynb #8d3ad3a5
+# %% ../nbs/00_headers.ipynb #6c47ce02
 class Checkpoint:
     "A folder of safetensors files: what each tensor is and where it lies, from headers alone."
     def __init__(self,
@@ -76,7 +79,8 @@ class Checkpoint:
         index, single = self.folder/'model.safetensors.index.json', self.folder/'model.safetensors'
         if not index.exists(): self.entries = read_header(single)
         else:
-            self.entries, where = {}, read_json(index).get('weight_map', {})
+            self.entries, where = {}, read_json(index).get('weight_map')
+            if not isinstance(where, dict) or not where or not all(isinstance(s, str) for s in where.values()): raise BadInput(f'{index}: has no weight_map from tensors to shards')
             for s in sorted(set(where.values())):
                 if Path(s).name != s: raise BadInput(f'{index}: shard {s!r} lies outside the folder')
                 if not (self.folder/s).exists(): raise BadInput(f'{self.folder/s}: missing shard, named by {index.name}')
@@ -118,7 +122,7 @@ def open_headers(
     ck.entries = {k: Entry(f, t.dtype, tuple(t.shape), *t.data_offsets) for f,m in files.items() for k,t in m.tensors.items()}
     return ck
 
-# %% ../nbs/00_headers.ipynb #94afa2ed
+# %% ../nbs/00_headers.ipynb #6a495249
 SUPPORTED = dict(deepseek_v2='DeepseekV2ForCausalLM', deepseek_v3='DeepseekV3ForCausalLM')
 PARTS = {'routed experts': r'\.mlp\.experts\.', 'shared experts': r'\.mlp\.shared_experts\.', 'router': r'\.mlp\.gate\.', 'dense mlp': r'\.mlp\.',
          'attention': r'\.self_attn\.', 'embeddings': r'embed_tokens\.', 'head': r'lm_head\.', 'norms': r'norm\.'}
@@ -138,6 +142,8 @@ def check_supported(
     "Refuse an architecture that can't be read exactly, by name."
     t = config.get('model_type')
     if t not in SUPPORTED: raise BadInput(f'model_type {t!r} is not supported; supported: {", ".join(SUPPORTED)}')
+    for k in 'num_hidden_layers', 'hidden_size', 'n_routed_experts', 'moe_intermediate_size', 'num_experts_per_tok', 'vocab_size':
+        if type(config.get(k)) is not int or config[k]<1: raise BadInput(f'config.json: {k} is {config.get(k)!r}, it must be a positive integer')
 
 # %% ../nbs/00_headers.ipynb #0a843ab5
 def inspect(

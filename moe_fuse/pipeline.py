@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'METHODS', 'Stream', 'Job', 'teacher_layer', 'Targets', 'bui
            'router_dtype', 'block_sizes', 'run_layers', 'Run', 'peak_memory', 'kind_sizes', 'table', 'plot_report',
            'execute', 'compress']
 
-# %% ../nbs/08_pipeline.ipynb #66433346
+# %% ../nbs/08_pipeline.ipynb #5c42d390
 import hashlib, json, platform, resource, shutil, sys, time
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,6 @@ import torch, transformers
 from fastcore.basics import patch
 from torch import nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from . import __version__
 from .awq_loading import *
@@ -208,7 +207,7 @@ def student_layer(
     job.stage(f'{kind}: forward', t)
     return moe, found
 
-# %% ../nbs/08_pipeline.ipynb #7d444263
+# %% ../nbs/08_pipeline.ipynb #d50926e2
 METHODS = 'slim', 'reap'  # those that a stock engine can load
 
 def check_recipe(
@@ -221,7 +220,8 @@ def check_recipe(
     for b in recipe['baselines']:
         if b not in ('reap', 'mean'): raise BadInput(f'baseline {b!r} is neither reap nor mean')
     if recipe['distill_steps']<0: raise BadInput(f"distill_steps is {recipe['distill_steps']}, it must not be negative")
-    if not hasattr(torch, recipe['dtype']) or not getattr(torch, recipe['dtype']).is_floating_point: raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
+    if not 0<=recipe['seed']<2**32: raise BadInput(f"seed is {recipe['seed']}, it must lie in 0..2**32-1")
+    if recipe['dtype'] not in ('bfloat16', 'float16', 'float32'): raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
     slim_widths(c['n_routed_experts'], c['moe_intermediate_size'], c.get('n_shared_experts') or 0, recipe['keep'], recipe['shared_share'])
     kinds = [recipe['method'], *(b for b in recipe['baselines'] if b!=recipe['method'])]
     try: pruned_groups(max(1, round(c['n_routed_experts']*recipe['keep'])), c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
@@ -422,7 +422,7 @@ def execute(
     writer.publish()
     return Run(report, writer.out, held, logits)
 
-# %% ../nbs/08_pipeline.ipynb #bc4d9723
+# %% ../nbs/08_pipeline.ipynb #d9371226
 def compress(
     src, out,               # teacher (folder, hub id or `demo`); folder to write
     keep=.25,               # share of the routed experts' weights that stays
@@ -445,7 +445,7 @@ def compress(
     recipe = dict(method=method, keep=keep, shared_share=shared_share, drift=drift, distill_steps=distill_steps, lr=lr, tokens=tokens, eval_tokens=eval_tokens,
                   baselines=list(baselines), dtype=dtype, seed=seed)
     kinds = check_recipe(source, recipe)
-    tok = AutoTokenizer.from_pretrained(source.folder)
+    tok = load_tokenizer(source.folder)
     cal = sample_tokens(read_docs(calibration), tok, tokens, seed=seed)
     held = sample_tokens(read_docs(eval_data or 'demo', 'valid'), tok, eval_tokens, seed=seed)
     for t in cal, held:
@@ -455,5 +455,5 @@ def compress(
     run = open_run(writer, recipe, resume)
     try: return execute(source, str(src), writer, run, kinds, cal, held, device, quiet)
     except (BadInput, OSError):
-        shutil.rmtree(writer.partial, ignore_errors=True)
+        writer.remove()
         raise
