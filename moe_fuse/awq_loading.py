@@ -94,7 +94,7 @@ def quantize_awq(
     q = (x/s[:,None] + z[:,None]).round().clamp(0, 15).flatten(0,1)
     return pack_awq(q), pack_awq(z), s.half()
 
-# %% ../nbs/00_awq_loading.ipynb #ac05c98b
+# %% ../nbs/00_awq_loading.ipynb #14f7c096
 @patch
 def stored(self:Checkpoint,
     name:str, # tensor name
@@ -117,11 +117,13 @@ def weight(self:Checkpoint,
 ) -> torch.Tensor: # [out, in] for a matrix
     "One weight in floats, whatever it is packed in; `BadInput` if it is missing or not finite."
     module, get = name.removesuffix('.weight'), lambda k: self.stored(k).to(device)
-    if module+'.qweight' in self: w = dequantize_awq(*(get(f'{module}.{k}') for k in ('qweight','qzeros','scales')))
-    elif name+'_scale_inv' in self:
-        block = (self.config.get('quantization_config') or {}).get('weight_block_size') or (128,128)
-        w = dequantize_fp8(get(name), get(name+'_scale_inv'), block)
-    else: w = get(name)
+    quant = self.config.get('quantization_config') or {}
+    if quant.get('quant_method') not in (None, 'awq', 'fp8'): raise BadInput(f"{self.folder}: quant_method {quant['quant_method']!r} is not supported; supported: awq, fp8")
+    try:
+        if module+'.qweight' in self: w = dequantize_awq(*(get(f'{module}.{k}') for k in ('qweight','qzeros','scales')))
+        elif name+'_scale_inv' in self: w = dequantize_fp8(get(name), get(name+'_scale_inv'), quant.get('weight_block_size') or (128,128))
+        else: w = get(name)
+    except ValueError as e: raise BadInput(str(e) if isinstance(e, BadInput) else f'{self.folder}: {name}: {e}') from None
     if w.dtype in (torch.float8_e4m3fn, torch.float8_e5m2): raise BadInput(f'{self.folder/self[name].shard}: {name} is FP8 without its scales')
     if not w.isfinite().all(): raise BadInput(f'{self.folder}: {name} holds NaN or Inf')
     return w.to(dtype)
@@ -155,7 +157,7 @@ def load_experts(
             dest.copy_(w)
     return gate_up, down
 
-# %% ../nbs/00_awq_loading.ipynb #df268f0a
+# %% ../nbs/00_awq_loading.ipynb #5ef37418
 def load_module(
     ck:Checkpoint,        # where from
     module:nn.Module,     # a part of `empty_model`'s model, filled in place
@@ -169,7 +171,7 @@ def load_module(
         if k.endswith('experts.gate_up_proj'):
             pre = k.removesuffix('gate_up_proj')
             state[k], state[pre+'down_proj'] = load_experts(ck, prefix+pre, p.shape, dtype, device)
-        elif k not in state:
+        elif not k.endswith('experts.down_proj'):
             state[k] = ck.weight(prefix+k, torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
             if state[k].shape != p.shape: raise BadInput(f'{ck.folder}: {prefix}{k} is {list(state[k].shape)}, the config says {list(p.shape)}')
     module.load_state_dict(state, assign=True)

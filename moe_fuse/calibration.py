@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MIN_TOKENS', 'read_jsonl', 'read_docs', 'load_tokenizer', 'encode', 'TokenSet', 'sample_tokens', 'States', 'pad',
            'unpad', 'padded_sdpa', 'attend', 'layer_forward', 'stream_layers', 'embed_tokens', 'last_layer',
-           'next_token_loss']
+           'block_inputs']
 
 # %% ../nbs/01_calibration.ipynb #69267a1c
 import gzip, hashlib, json, os, random
@@ -49,7 +49,7 @@ def read_docs(
     "All the documents that `data` names."
     return stdlib_docs(split) if data=='demo' else [d for p in str(data).split(',') for d in read_jsonl(p.strip())]
 
-# %% ../nbs/01_calibration.ipynb #9ff66fee
+# %% ../nbs/01_calibration.ipynb #8f0d815b
 def load_tokenizer(
     folder, # of a checkpoint
 ): # a `transformers` tokenizer
@@ -62,7 +62,8 @@ def encode(
     tokenizer, # of the model
 ) -> list: # token ids
     "The token ids of one document, begin and end included."
-    text = doc['text'] if 'text' in doc else tokenizer.apply_chat_template(doc['messages'], tokenize=False)
+    try: text = doc['text'] if 'text' in doc else tokenizer.apply_chat_template(doc['messages'], tokenize=False)
+    except Exception as e: raise BadInput(f'a chat of {doc["domain"]} does not fit the tokenizer\'s chat template: {str(e).splitlines()[0]}') from None
     text = text.encode('utf-8', 'replace').decode()                            # half a surrogate is legal JSON and no text
     ids, bos, eos = tokenizer.encode(text, add_special_tokens=False), tokenizer.bos_token_id, tokenizer.eos_token_id
     if bos is not None and ids[:1]!=[bos]: ids = [bos, *ids]
@@ -92,7 +93,7 @@ class TokenSet:
             cur.append(n); row += n
         if cur: yield start, row, cur
 
-# %% ../nbs/01_calibration.ipynb #d5f8c655
+# %% ../nbs/01_calibration.ipynb #55644693
 MIN_TOKENS = 2048  # fewer say nothing about a layer's experts
 
 def sample_tokens(
@@ -103,6 +104,7 @@ def sample_tokens(
     seed=0,         # order in which documents are taken
 ) -> TokenSet:
     "Draw documents until each domain has its share of tokens."
+    if n_tokens is not None and n_tokens<1: raise BadInput(f'{n_tokens} tokens were asked for, at least {MIN_TOKENS} are needed')
     domains = sorted({d['domain'] for d in docs})
     docs, share, seqs = random.Random(seed).sample(docs, len(docs)), [None]*len(domains), []
     if n_tokens: share = [n_tokens//len(domains) + (i < n_tokens%len(domains)) for i in range(len(domains))]
@@ -158,8 +160,14 @@ def unpad(
     "The inverse of `pad`."
     return x[torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:,None]]
 
-# %% ../nbs/01_calibration.ipynb #049eadb0
-def padded_sdpa(module, query, key, value, attention_mask, scaling=None, **kwargs):
+# %% ../nbs/01_calibration.ipynb #1e881ceb
+def padded_sdpa(
+    module, query, key, # unused; [B, heads, L, d], [B, heads, L, d]
+    value,              # [B, heads, L, d_v], d_v <= d
+    attention_mask,     # unused: padding stands on the right
+    scaling=None,       # of the scores; None means d**-.5
+    **kwargs,
+): # ([B, L, heads, d_v], None)
     "Causal attention for `transformers` with values padded to the width of the keys."
     v = nn.functional.pad(value, (0, query.shape[-1]-value.shape[-1]))
     out = nn.functional.scaled_dot_product_attention(query, key, v, is_causal=True, scale=scaling)
@@ -224,14 +232,19 @@ def last_layer(
     head = load_module(ck, nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False, device='meta'), name, dtype, device)
     return nn.Sequential(norm, head)
 
-# %% ../nbs/01_calibration.ipynb #66d62580
-def next_token_loss(
-    logits:torch.Tensor, # [T, V]
-    ids:torch.Tensor,    # [T] token ids, laid end to end
-    lengths:list,        # of the sequences, adding up to T
-) -> torch.Tensor: # [T] nats; NaN at the last token of a sequence, which has no next one
-    "Cross-entropy of each token's prediction of the next."
-    loss = nn.functional.cross_entropy(logits[:-1].float(), ids[1:].to(logits.device), reduction='none')
-    loss = torch.cat([loss, loss.new_full((1,), torch.nan)])
-    loss[torch.tensor(lengths).cumsum(0)-1] = torch.nan
-    return loss
+# %% ../nbs/01_calibration.ipynb #6b6aad40
+def block_inputs(
+    ck:Checkpoint,   # any supported checkpoint
+    index:int,       # of the layer
+    tokens:TokenSet, # T tokens
+) -> torch.Tensor: # [T, H] float32, what enters the layer's block, after its norm
+    "Run the layers below and the attention of one layer; for looking at a single block."
+    model = empty_model(ck)
+    states, rot, x = States(len(tokens), model.config.hidden_size), model.model.rotary_emb, []
+    embed_tokens(ck, tokens.ids, states)
+    with torch.no_grad():
+        for i,layer in stream_layers(ck, model):
+            for a,b,lengths in tokens.batches():
+                if i<index: states.write(a, layer_forward(layer, states.read(a, b), lengths, rot))
+                else: x.append(layer.post_attention_layernorm(attend(layer, states.read(a, b), lengths, rot)))
+            if i==index: return torch.cat(x)

@@ -34,7 +34,7 @@ def layer_tensors(
         else: out[k] = v.to(to)
     return {prefix+k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in out.items()}  # safetensors wants no shared memory
 
-# %% ../nbs/06_checkpoint.ipynb #b96d6c96
+# %% ../nbs/06_checkpoint.ipynb #fd8a3eb2
 def student_config(
     config:dict,   # the teacher's config.json
     block:dict,    # sizes of the student's blocks, e.g. dict(moe_intermediate_size=352)
@@ -42,7 +42,7 @@ def student_config(
 ) -> dict: # the student's config.json
     "A stock config for the student."
     c = {k:v for k,v in config.items() if k not in ('quantization_config', 'auto_map', 'torch_dtype', 'transformers_version')}
-    c |= dict(architectures=[SUPPORTED[c['model_type']]], dtype=dtype, num_nextn_predict_layers=0) | block
+    c |= dict(architectures=[SUPPORTED[c['model_type']]], dtype=dtype, torch_dtype=dtype, num_nextn_predict_layers=0) | block
     if c['model_type']=='deepseek_v3': c |= dict(scoring_func='sigmoid', topk_method='noaux_tc')
     return c
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .headers import *
 
-# %% ../nbs/20_cli.ipynb #fb1d60d7
+# %% ../nbs/20_cli.ipynb #d9ccb689
 def parser() -> argparse.ArgumentParser:
     "What can be typed."
     p = argparse.ArgumentParser('moe-fuse', description='Shrink Mixture-of-Experts language models.', epilog='Example: moe-fuse run demo out --keep 0.25')
@@ -22,14 +22,16 @@ def parser() -> argparse.ArgumentParser:
         return c
     c = command('run', 'read SRC, fuse its experts, write the smaller checkpoint to OUT')
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo'); c.add_argument('out', metavar='OUT', help='folder to make')
-    c.add_argument('--keep', type=float, default=.25, help='share of the routed experts that stays, in (0, 1]')
+    c.add_argument('--keep', type=float, default=.25, help='share of the routed experts\' weights that stays, in (0, 1]')
     c.add_argument('--method', default='slim', help='slim (narrower experts, stock architecture) or reap (fewer experts)')
     c.add_argument('--calibration', default='demo', metavar='FILES', help='demo, or FILE.jsonl[,FILE...]')
     c.add_argument('--tokens', type=int, default=262144, help='calibration tokens')
-    c.add_argument('--eval', default='demo', metavar='FILES', dest='eval_data', help='held-out text: demo, or FILE.jsonl[,FILE...]')
+    c.add_argument('--eval', default='demo', metavar='FILES', dest='eval_data', help='held-out text: demo (fits the demo teacher only), or FILE.jsonl[,FILE...]')
     c.add_argument('--eval-tokens', type=int, default=65536, help='held-out tokens, at most')
     c.add_argument('--shared-share', type=float, default=0., help='share of the budget that becomes always-on neurons')
     c.add_argument('--distill-steps', type=int, default=0, help='steps of Adam a layer after the closed form')
+    c.add_argument('--lr', type=float, default=2e-3, help='peak learning rate of those steps')
+    c.add_argument('--drift', type=float, default=.5, help='share of the distance to the teacher\'s stream that a layer is asked to make up for')
     c.add_argument('--baselines', default='reap,mean', help='measured beside the student at the same bytes; none for none')
     c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
     c.add_argument('--seed', type=int, default=0, help='of sampling and training'); c.add_argument('--device', default='auto', help='auto, cpu or cuda')
@@ -54,7 +56,7 @@ def show_inspect(
             f"{mb(info['total'])} parameters, {mb(info['active'])} active a token, {size(info['bytes'])}; " + ', '.join(f'{n} tensors {f}' for f,n in info['formats'].items())]
     return '\n'.join(rows + [f'  {k:<15} {n:>16,} parameters {size(info["bytes_by_part"][k]):>12}' for k,n in sorted(info['parameters'].items(), key=lambda r: -r[1]) if n])
 
-# %% ../nbs/20_cli.ipynb #26d89fe9
+# %% ../nbs/20_cli.ipynb #7aaeecd4
 def run_command(
     a:argparse.Namespace, # what was typed
 ) -> str: # what goes to stdout
@@ -63,7 +65,7 @@ def run_command(
         info = inspect(open_headers(a.src))
         return json.dumps(info) if a.json else show_inspect(info)
     import torch
-    if a.device not in ('auto', 'cpu', 'cuda') or (a.device=='cuda' and not torch.cuda.is_available()): raise BadInput(f'device {a.device!r} is not there; auto takes what is')
+    if a.device not in ('auto', 'cpu', 'cuda') or (a.device=='cuda' and not torch.cuda.is_available()): raise BadInput(f'device {a.device!r} is not available here; --device auto picks one that is')
     if a.command=='eval':
         from moe_fuse.evaluation import evaluate
         res = evaluate(a.student, a.against, a.data, a.tokens, 'cuda' if a.device!='cpu' and torch.cuda.is_available() else 'cpu')
@@ -73,7 +75,7 @@ def run_command(
     run = compress(**{k:v for k,v in vars(a).items() if k not in skip}, baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')])
     return json.dumps(run.report) if a.json else f'{table(run.report)}\n\ncheckpoint and report: {a.out}\npicture: {Path(a.out)/"report.png"}'
 
-# %% ../nbs/20_cli.ipynb #9e1eb9a3
+# %% ../nbs/20_cli.ipynb #7ab17de9
 def main(
     argv=None, # list of words; None takes what was typed
 ) -> int: # exit code
@@ -84,6 +86,6 @@ def main(
         print(f'moe-fuse: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print('moe-fuse: interrupted; --resume goes on', file=sys.stderr)
+        print('moe-fuse: interrupted' + ('; --resume goes on with what is done' if a.command=='run' else ''), file=sys.stderr)
         return 130
     return 0

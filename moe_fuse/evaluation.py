@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['compare', 'logits_of', 'evaluate']
 
-# %% ../nbs/07_evaluation.ipynb #8c262d38
-from collections import defaultdict
+# %% ../nbs/07_evaluation.ipynb #9857fd60
 from pathlib import Path
 
 import torch
@@ -16,26 +15,26 @@ from .awq_loading import *
 from .calibration import *
 from .headers import *
 
-# %% ../nbs/07_evaluation.ipynb #fc2e87e4
+# %% ../nbs/07_evaluation.ipynb #553fa2f5
 def compare(
     tokens:TokenSet,  # T tokens
     teacher, student, # functions of (a, b) that give logits [b-a, V] of rows a to b
 ) -> dict: # domain -> loss_teacher, loss_student, kl, agreement, tokens; and `mean` over domains
-    "Compare two models' predictions, a batch at a time; accumulates in float64."
-    sums, n = defaultdict(lambda: torch.zeros(4, dtype=torch.float64)), defaultdict(int)
-    at = 0
-    for a,b,lengths in tokens.batches(4096):
-        t, s = teacher(a, b).float(), student(a, b).float()
-        losses = [next_token_loss(l, tokens.ids[a:b], lengths) for l in (t, s)]
-        same = (t.argmax(-1)==s.argmax(-1)).float()
-        t, s = t.log_softmax(-1), s.log_softmax(-1)
-        rows = torch.stack([*losses, (t.exp()*(t-s)).sum(-1), same], 1).double().cpu()          # [b-a, 4]
-        for dom,r in zip(tokens.domains[at:at+len(lengths)], rows.split(lengths)):
-            sums[dom] += r[:-1].sum(0); n[dom] += len(r)-1                                      # the last token has no next one
-        at += len(lengths)
-    names = 'loss_teacher', 'loss_student', 'kl', 'agreement'
-    res = {d: dict(zip(names, (sums[d]/max(n[d],1)).tolist())) | dict(tokens=n[d]) for d in sorted(sums)}
-    return res | dict(mean={k: sum(r[k] for r in res.values())/len(res) for k in names} | dict(tokens=sum(n.values())))
+    "Compare two models' predictions, some rows at a time; accumulates in float64."
+    names, domains = ('loss_teacher', 'loss_student', 'kl', 'agreement'), sorted(set(tokens.domains))
+    lengths = torch.tensor(tokens.lengths)
+    domain = torch.tensor([domains.index(d) for d in tokens.domains]).repeat_interleave(lengths)
+    nxt, has_next = tokens.ids.roll(-1), torch.ones(len(tokens), dtype=torch.bool)
+    has_next[lengths.cumsum(0)-1] = False                                      # the last token of a sequence predicts nothing
+    sums, step = torch.zeros(len(domains), 4, dtype=torch.float64), max(64, 2**24//teacher(0, 1).shape[1])
+    for a in range(0, len(tokens), step):
+        t, s = (f(a, min(a+step, len(tokens))).float().log_softmax(-1).cpu() for f in (teacher, student))
+        to, ok = nxt[a:a+step,None], has_next[a:a+step]
+        rows = [-t.gather(1, to)[:,0], -s.gather(1, to)[:,0], (t.exp()*(t-s)).sum(-1), (t.argmax(-1)==s.argmax(-1)).float()]
+        sums.index_add_(0, domain[a:a+step][ok], torch.stack(rows, 1)[ok].double())
+    n = domain[has_next].bincount(minlength=len(domains)).tolist()
+    res = {d: dict(zip(names, (r/max(c, 1)).tolist())) | dict(tokens=c) for d,r,c in zip(domains, sums, n)}
+    return res | dict(mean={k: sum(r[k] for r in res.values())/len(res) for k in names} | dict(tokens=sum(n)))
 
 # %% ../nbs/07_evaluation.ipynb #9f8fcc7e
 def logits_of(

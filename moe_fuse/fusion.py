@@ -62,7 +62,7 @@ def choose_always_on(
     best = left.argsort(descending=True, stable=True)[:n]
     return best//usefulness.shape[1], best%usefulness.shape[1]
 
-# %% ../nbs/03_fusion.ipynb #91dfcb2d
+# %% ../nbs/03_fusion.ipynb #e8e01125
 class JointRidge:
     "Normal equations of the down projections of one layer, summed over batches."
     def __init__(self,
@@ -73,19 +73,17 @@ class JointRidge:
         self.d0 = torch.cat([down.transpose(1,2).reshape(n*r, h), shared.T]).float()   # [F, H], F = N*r + S
         self.n, self.r, f = n, r, len(self.d0)
         acc = torch.float64 if f<=8192 else torch.float32                              # float64 costs 0.5 GB at most
-        if down.device.type=='mps': acc = torch.float32
         self.gram, self.rhs = (torch.zeros(f, m, dtype=acc, device=down.device) for m in (f, h))
 
-# %% ../nbs/03_fusion.ipynb #6ca11896
+# %% ../nbs/03_fusion.ipynb #15adc8bc
 @patch
 def add(self:JointRidge,
     h:torch.Tensor,        # [P, r] activations of the routed pairs
     p:Pairs,               # the pairs
     shared:torch.Tensor,   # [T, S] activations of the shared expert
     y:torch.Tensor,        # [T, H] what experts and shared expert should add up to
-    rows=2**25,            # entries of the dense feature block held at once
 ):
-    "Add a batch of tokens."
+    "Add a batch of tokens; holds a dense [T, F] block, so keep T small when F is large."
     phi = shared.new_zeros(len(y), self.n, self.r)
     phi[p.token, p.expert] = h*p.weight[:,None]
     phi = torch.cat([phi.flatten(1), shared], 1).float()                               # [T, F]
@@ -134,13 +132,13 @@ def prune_experts(
     best = saliency.view(n_group, -1).argsort(dim=1, descending=True, stable=True)[:,:n_keep//n_group]
     return (best + torch.arange(n_group)[:,None]*(n//n_group)).flatten().sort().values
 
-# %% ../nbs/03_fusion.ipynb #700cf409
+# %% ../nbs/03_fusion.ipynb #c713f7f6
 def group_by_coactivation(
     coactivation:torch.Tensor, # [N, N]
     n_cores:int,               # E
-    seed=0,                    # of the k-means step
+    seed=0,                    # start vector of the eigensolver
 ) -> torch.Tensor: # [N] core of each expert, 0..E-1
-    "Spectral clustering of the experts; every core gets at least one."
+    "Spectral clustering of the experts."
     n = len(coactivation)
     if not 1<=n_cores<=n: raise BadInput(f'{n_cores} cores for {n} experts')
     if n_cores in (1, n): return torch.arange(n) % n_cores

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['lr_at', 'distill']
 
-# %% ../nbs/05_healing.ipynb #fb492779
+# %% ../nbs/05_healing.ipynb #0cc00d71
 import math
 
 import torch
 from torch import nn
 
 from .expert_analysis import *
-from .fusion import *
+from .headers import *
 from .multiplex_lora import *
 
 # %% ../nbs/05_healing.ipynb #1d453e91
@@ -26,7 +26,7 @@ def lr_at(
     done = (step+1)/(steps+1)
     return lr*done/warmup if done<warmup else lr*.5*(1+math.cos(math.pi*(done-warmup)/(1-warmup)))
 
-# %% ../nbs/05_healing.ipynb #b0c47109
+# %% ../nbs/05_healing.ipynb #46dc3e7c
 def distill(
     moe:nn.Module, # a fused block; its router stays as it is
     sample,        # step -> (x [T, H], y [T, H]): inputs and wanted outputs of one batch
@@ -35,18 +35,17 @@ def distill(
 ) -> list: # [steps] loss (FVU of the batch) before each step
     "Train everything but the router on the wanted outputs."
     params = [p.requires_grad_() for k,p in moe.named_parameters() if not k.startswith('gate.')]
-    if any(p.dtype!=torch.float32 for p in params): raise ValueError(f'distillation needs float32 weights, not {params[0].dtype}')
+    if any(p.dtype!=torch.float32 for p in params): raise ValueError(f'distillation needs float32 weights, not {next(p.dtype for p in params if p.dtype!=torch.float32)}')
     opt, losses = torch.optim.Adam(params, lr, betas=(.9,.95)), []
-    forward = moe if isinstance(moe, FusedMoE) else lambda x: moe_forward(moe, x)
     with torch.enable_grad():
         for s in range(steps):
             for g in opt.param_groups: g['lr'] = lr_at(s, steps, lr)
             x, y = sample(s)
-            loss = (forward(x)-y).square().sum() / (y-y.mean(0)).square().sum()
+            loss = (block_forward(moe, x)-y).square().sum() / (y-y.mean(0)).square().sum()
             opt.zero_grad(); loss.backward(); opt.step()
             losses.append(loss.detach())
     moe.requires_grad_(False)
     losses = torch.stack(losses).tolist() if losses else []
     bad = next((i for i,l in enumerate(losses) if not math.isfinite(l)), None)
-    if bad is not None: raise FloatingPointError(f'distillation diverged: loss {losses[bad]} at step {bad} of {steps}')
+    if bad is not None: raise BadInput(f'distillation diverged: loss {losses[bad]} at step {bad} of {steps}; take a smaller learning rate than {lr}')
     return losses
