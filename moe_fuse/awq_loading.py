@@ -94,7 +94,7 @@ def quantize_awq(
     q = (x/s[:,None] + z[:,None]).round().clamp(0, 15).flatten(0,1)
     return pack_awq(q), pack_awq(z), s.half()
 
-# %% ../nbs/00_awq_loading.ipynb #14f7c096
+# %% ../nbs/00_awq_loading.ipynb #d04ee743
 @patch
 def stored(self:Checkpoint,
     name:str, # tensor name
@@ -124,6 +124,7 @@ def weight(self:Checkpoint,
         elif name+'_scale_inv' in self: w = dequantize_fp8(get(name), get(name+'_scale_inv'), quant.get('weight_block_size') or (128,128))
         else: w = get(name)
     except ValueError as e: raise BadInput(str(e) if isinstance(e, BadInput) else f'{self.folder}: {name}: {e}') from None
+    if name in self and w.dtype==dtype: w = w.clone()                          # one mapped tensor that stays would keep its whole shard in memory
     if w.dtype in (torch.float8_e4m3fn, torch.float8_e5m2): raise BadInput(f'{self.folder/self[name].shard}: {name} is FP8 without its scales')
     if not w.isfinite().all(): raise BadInput(f'{self.folder}: {name} holds NaN or Inf')
     return w.to(dtype)

@@ -41,7 +41,7 @@ def route(
     _, weights, indices = moe.gate(x)
     return sort_pairs(indices, weights, len(moe.experts.down_proj))
 
-# %% ../nbs/02_expert_analysis.ipynb #854ad6bc
+# %% ../nbs/02_expert_analysis.ipynb #0c8d5075
 def grouped_linear(
     x:torch.Tensor, # [P, in] rows sorted by group
     w:torch.Tensor, # [N, out, in]
@@ -51,7 +51,10 @@ def grouped_linear(
     if x.is_cuda and w.dtype==torch.bfloat16:
         offs = torch.tensor(counts, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
         return nn.functional.grouped_mm(x.to(w.dtype), w.transpose(1,2), offs=offs)
-    return torch.cat([xi @ wi.T for xi,wi in zip(x.split(counts), w.unbind())])
+    if torch.is_grad_enabled(): return torch.cat([xi @ wi.T for xi,wi in zip(x.split(counts), w.unbind())])
+    out = x.new_empty(len(x), w.shape[1])                                      # without a gradient the parts can be written in place
+    for xi,wi,o in zip(x.split(counts), w.unbind(), out.split(counts)): torch.mm(xi, wi.T, out=o)
+    return out
 
 def expert_hidden(
     experts:nn.Module, # `gate_up_proj` [N, 2I, H], `down_proj` [N, H, I], `act_fn`
@@ -68,9 +71,9 @@ def combine(
     n_tokens:int,   # T
 ) -> torch.Tensor: # [T, H]
     "The routed output: sum of w_i f_i over each token's experts."
-    back = torch.empty_like(f)
-    back[p.order] = f*p.weight[:,None].to(f.dtype)                             # each token's k pairs side by side: no atomics, same sum every time
-    return back.view(n_tokens, -1, f.shape[1]).sum(1)
+    back, w = torch.empty_like(f), torch.empty_like(p.weight)
+    back[p.order], w[p.order] = f, p.weight                                    # each token's k pairs side by side: no atomics, the same sum every time
+    return torch.bmm(w.to(f.dtype).view(n_tokens, 1, -1), back.view(n_tokens, -1, f.shape[1])).squeeze(1)
 
 # %% ../nbs/02_expert_analysis.ipynb #ace4bc72
 def shared_hidden(
@@ -134,7 +137,7 @@ def __iadd__(self:LayerStats, o):
     for k in 'coactivation','mass','output','usefulness': setattr(self, k, getattr(self, k)+getattr(o, k))
     return self
 
-# %% ../nbs/02_expert_analysis.ipynb #eff933e2
+# %% ../nbs/02_expert_analysis.ipynb #6623b976
 @patch
 def update(self:LayerStats,
     experts:nn.Module, # the layer's experts
@@ -151,7 +154,7 @@ def update(self:LayerStats,
     per_expert = lambda v: torch.stack([e.sum(0) for e in v.split(p.counts)]).double()
     self.mass += per_expert(p.weight)
     self.output += per_expert(p.weight*f.float().norm(dim=1))
-    self.usefulness += per_expert((p.weight[:,None]*h.float()).square()) * experts.down_proj.float().square().sum(1)
+    self.usefulness += per_expert((p.weight[:,None]*h.float()).square()) * torch.stack([w.float().square().sum(0) for w in experts.down_proj])
 
 # %% ../nbs/02_expert_analysis.ipynb #ff13f82e
 def energy_kept(

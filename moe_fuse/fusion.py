@@ -75,7 +75,7 @@ class JointRidge:
         acc = torch.float64 if f<=8192 else torch.float32                              # float64 costs 0.5 GB at most
         self.gram, self.rhs = (torch.zeros(f, m, dtype=acc, device=down.device) for m in (f, h))
 
-# %% ../nbs/03_fusion.ipynb #15adc8bc
+# %% ../nbs/03_fusion.ipynb #698d4aa9
 @patch
 def add(self:JointRidge,
     h:torch.Tensor,        # [P, r] activations of the routed pairs
@@ -84,15 +84,17 @@ def add(self:JointRidge,
     y:torch.Tensor,        # [T, H] what experts and shared expert should add up to
 ):
     "Add a batch of tokens; holds a dense [T, F] block, so keep T small when F is large."
-    phi = shared.new_zeros(len(y), self.n, self.r)
-    phi[p.token, p.expert] = h*p.weight[:,None]
-    phi = torch.cat([phi.flatten(1), shared], 1).float()                               # [T, F]
-    rhs = y.float() - phi@self.d0
-    for i,tok in enumerate(p.token.split(p.counts)):
+    m, hw, shared = self.n*self.r, h.float()*p.weight[:,None], shared.float()
+    phi = shared.new_zeros(len(y), len(self.d0))                                       # [T, F]
+    phi[:,:m].view(len(y), self.n, self.r)[p.token, p.expert] = hw
+    phi[:,m:] = shared
+    down = self.d0[:m].view(self.n, self.r, -1).transpose(1,2)
+    rhs = y.float() - shared@self.d0[m:] - combine(grouped_linear(h.float(), down, p.counts), p, len(y))
+    for i,(tok,hi) in enumerate(zip(p.token.split(p.counts), hw.split(p.counts))):
+        if not len(tok): continue
         b = slice(i*self.r, (i+1)*self.r)
-        if len(tok): self.gram[b] += phi[tok,b].T @ phi[tok]
-    self.gram[self.n*self.r:] += phi[:,self.n*self.r:].T @ phi
-    self.rhs += phi.T @ rhs
+        self.gram[b] += hi.T @ phi[tok]; self.rhs[b] += hi.T @ rhs[tok]
+    self.gram[m:] += shared.T @ phi; self.rhs[m:] += shared.T @ rhs
 
 @patch
 def solve(self:JointRidge,
@@ -101,7 +103,9 @@ def solve(self:JointRidge,
     "The fitted down projections; consumes the normal matrix."
     g = self.gram; self.gram = None
     g.diagonal().add_(ridge*g.diagonal().mean().clamp(min=1e-12))
-    d = self.d0 + torch.cholesky_solve(self.rhs, torch.linalg.cholesky(g, out=g)).float()
+    l, d = torch.linalg.cholesky(g.mT, out=g.mT), self.rhs; self.rhs = None    # transposed it lies as LAPACK wants it: nothing is copied
+    for t,upper in ((l, False), (l.mT, True)): torch.linalg.solve_triangular(t, d, upper=upper, out=d)
+    d = self.d0 + d.float()
     return d[:self.n*self.r].view(self.n, self.r, -1).transpose(1,2).contiguous(), d[self.n*self.r:].T.contiguous()
 
 # %% ../nbs/03_fusion.ipynb #73549638
@@ -132,7 +136,7 @@ def prune_experts(
     best = saliency.view(n_group, -1).argsort(dim=1, descending=True, stable=True)[:,:n_keep//n_group]
     return (best + torch.arange(n_group)[:,None]*(n//n_group)).flatten().sort().values
 
-# %% ../nbs/03_fusion.ipynb #c713f7f6
+# %% ../nbs/03_fusion.ipynb #894f3f67
 def group_by_coactivation(
     coactivation:torch.Tensor, # [N, N]
     n_cores:int,               # E
@@ -156,4 +160,5 @@ def mean_cores(
     a = usage.float() + 1e-6*usage.float().mean().clamp(min=1e-6)
     a = a/torch.zeros(n_cores).index_add_(0, groups, a)[groups]
     out = torch.zeros(n_cores, *w.shape[1:], device=w.device)
-    return out.index_add_(0, groups.to(w.device), w.float()*a.to(w.device).view(-1, *[1]*(w.dim()-1))).to(w.dtype)
+    for g,wi,ai in zip(groups.tolist(), w, a.tolist()): out[g].add_(wi.float(), alpha=ai)   # one expert at a time: all at once would be a second layer
+    return out.to(w.dtype)

@@ -8,8 +8,8 @@ __all__ = ['KINDS', 'METHODS', 'Stream', 'Job', 'teacher_layer', 'Targets', 'bui
            'block_sizes', 'run_layers', 'Run', 'peak_memory', 'kind_sizes', 'table', 'plot_report', 'execute',
            'compress']
 
-# %% ../nbs/08_pipeline.ipynb #5c42d390
-import hashlib, json, platform, resource, shutil, sys, time
+# %% ../nbs/08_pipeline.ipynb #1ace56c2
+import gc, hashlib, json, platform, resource, shutil, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +44,7 @@ class Stream:
         self.old, self.new = self.new, States(*self.args, self.file(self.layer+1))
     def close(self): self.old.close(); self.new.close()
 
-# %% ../nbs/08_pipeline.ipynb #eb754c31
+# %% ../nbs/08_pipeline.ipynb #11fd2655
 class Job(NamedTuple):
     "What every step of a run needs to know."
     cal: TokenSet       # calibration tokens, rows 0 .. len(cal)
@@ -55,12 +55,13 @@ class Job(NamedTuple):
     rotary: nn.Module
     bar: object         # progress bar
     seconds: dict       # time by stage
+    batch: int          # tokens of a batch, padding included
 
     def batches(self, held=None):
         "Yield (first row, one past the last, lengths); of calibration, held-out or all tokens."
-        if held is not True: yield from self.cal.batches()
         n = len(self.cal)
-        if held is not False: yield from ((a+n, b+n, l) for a,b,l in self.held.batches())
+        if held is not True: yield from self.cal.batches(self.batch)
+        if held is not False: yield from ((a+n, b+n, l) for a,b,l in self.held.batches(self.batch))
     def stage(self, name, t):
         "Count the time since `t` under a name; returns now."
         self.seconds[name] = self.seconds.get(name, 0) + time.perf_counter()-t
@@ -165,14 +166,15 @@ def routed_fvu(
         err += (y - (block_forward(moe, xs)-shared(xs))).square().sum(); sq += y.square().sum(); tot += y.sum(0); n += b-a
     return (err/(sq-(tot**2).sum()/n)).item()
 
-# %% ../nbs/08_pipeline.ipynb #1405bf91
+# %% ../nbs/08_pipeline.ipynb #c91c6fc8
 def round_weights(
     module:nn.Module,   # changed in place
     dtype:torch.dtype,  # what it will be stored in
 ):
     "Make float32 weights representable in a smaller dtype; routers stay exact."
     for k,p in module.named_parameters():
-        if '.gate.' not in f'.{k}': p.data = p.data.to(dtype).to(p.dtype)
+        if '.gate.' in f'.{k}': continue
+        for w in p.data.unbind() if p.dim()==3 else [p.data]: w.copy_(w.to(dtype))     # in place, one expert at a time
 
 @torch.no_grad()
 def student_layer(
@@ -274,7 +276,7 @@ def block_sizes(
     return dict(moe_intermediate_size=c.moe_intermediate_size, n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
                 n_group=c.n_group, topk_group=c.topk_group)
 
-# %% ../nbs/08_pipeline.ipynb #0c3e7616
+# %% ../nbs/08_pipeline.ipynb #094270f1
 def run_layers(
     ck:Checkpoint, model:nn.Module, # the teacher
     kinds:list,                     # students to make, the one to be written first
@@ -294,6 +296,7 @@ def run_layers(
     for i,layer in stream_layers(ck, model, run['layer'], device=job.device):
         job.bar.set_description(f'layer {i}: teacher'); t = job.stage('read', t)
         with torch.no_grad(): stats = teacher_layer(layer, streams['teacher'], y, job)
+        gc.collect()                                                           # numba's first compilation leaves cycles that hold a whole layer
         round_weights(layer, job.dtype); t = job.stage('teacher', t); job.bar.update()
         for k in kinds:
             job.bar.set_description(f'layer {i}: {k}')
@@ -301,6 +304,7 @@ def run_layers(
             moe, found = student_layer(k, layer, stats, targets, job)
             if found: run['fvu'].setdefault(k, {})[str(i)] = found
             if k==kinds[0]: own = moe
+            moe = None                                                         # the next student needs the room
             job.bar.update()
         t = time.perf_counter()
         if own is not None: layer.mlp = own; run['block'] = block_sizes(own)
@@ -390,7 +394,7 @@ def plot_report(
     right.set(xlabel=f'size in {report["recipe"]["dtype"]}, MB', ylabel='held-out loss, nats a token', title='What the whole model lost')
     with open(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 
-# %% ../nbs/08_pipeline.ipynb #60c7d944
+# %% ../nbs/08_pipeline.ipynb #81929f47
 def execute(
     source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, # from `compress`
 ) -> Run:
@@ -398,7 +402,8 @@ def execute(
     recipe, n = run['recipe'], len(cal)
     model = empty_model(source)
     with tqdm(total=model.config.num_hidden_layers*(1+len(kinds)), initial=(run['layer'] or 0)*(1+len(kinds)), disable=quiet, unit='pass', dynamic_ncols=True) as bar:
-        job = Job(cal, held, recipe, device, getattr(torch, recipe['dtype']), model.model.rotary_emb, bar, run['seconds'])
+        job = Job(cal, held, recipe, device, getattr(torch, recipe['dtype']), model.model.rotary_emb, bar, run['seconds'],
+                  min(8192, 2**26//(model.config.hidden_size*model.config.num_experts_per_tok)))   # 0.27 GB for the outputs of a batch's routed pairs
         streams = run_layers(source, model, kinds, writer, run, job)
         bar.set_description('evaluation')
         t = time.perf_counter()
