@@ -1,8 +1,8 @@
 """Does `moe-fuse run` need no more memory than 3 times the largest layer in float32, plus 1 GB, however large the checkpoint?
 
-    python bench/peak_memory.py            # writes 8.5 GB of random weights to a temporary folder; needs 13 GB of disk in all
+    python bench/peak_memory.py            # writes 8.6 GB of random weights to a temporary folder; needs 13 GB of disk in all
     python bench/peak_memory.py FOLDER     # the same in FOLDER, where the weights stay for the next time
-    python bench/peak_memory.py --small    # 0.2 GB, to try the script out: the libraries alone fill a good part of its limit
+    python bench/peak_memory.py --small    # 0.2 GB, to try the script out: libraries and activations, not layers, fill most of its limit
 
 The checkpoint has the embedded teacher's architecture, tokenizer and vocabulary, with a larger hidden size and much larger routed experts. The run,
 baselines included, is a process of its own, so that its peak is its own. Exit code 1 if it was over the limit.
@@ -109,7 +109,7 @@ def bench(folder, a):
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('folder', nargs='?', type=Path, help='where the checkpoint goes and stays; left out, a temporary folder')
-p.add_argument('--small', action='store_true', help='0.2 GB instead of 8.5'); p.add_argument('--keep', type=float, default=.25)
+p.add_argument('--small', action='store_true', help='0.2 GB instead of 8.6'); p.add_argument('--keep', type=float, default=.25)
 p.add_argument('--tokens', type=int, default=4096, help='calibration tokens'); p.add_argument('--eval-tokens', type=int, default=2048, help='held-out tokens')
 a = p.parse_args()
 
