@@ -103,21 +103,19 @@ def coactivation_numpy(
     np.put_along_axis(hot, indices, 1, 1)
     return (hot.T @ hot).astype(np.int64)
 
-# %% ../nbs/02_expert_analysis.ipynb #0bef75b5
-@numba.njit(parallel=True, cache=True)
+# %% ../nbs/02_expert_analysis.ipynb #cf6a4ed5
+@numba.njit(cache=True)
 def coactivation(
     indices,   # [T, k] int64 array
     n_experts, # N
-    parts=8,   # slices of the tokens, each with a table of its own
 ): # [N, N] int64
-    "Count pairs of experts chosen together; memory is `parts` N x N tables, however many tokens."
+    "Count pairs of experts chosen together; memory is one N x N table, however many tokens."
     if indices.size and (indices.min()<0 or indices.max()>=n_experts): raise ValueError('an expert id lies outside 0..n_experts-1')
-    part = np.zeros((parts, n_experts, n_experts), np.int64)
-    for c in numba.prange(parts):
-        for t in range(c*len(indices)//parts, (c+1)*len(indices)//parts):
-            for i in indices[t]:
-                for j in indices[t]: part[c,i,j] += 1
-    return part.sum(0)
+    c = np.zeros((n_experts, n_experts), np.int64)
+    for t in range(len(indices)):
+        for i in indices[t]:
+            for j in indices[t]: c[i,j] += 1
+    return c
 
 # %% ../nbs/02_expert_analysis.ipynb #283be104
 class LayerStats:

@@ -8,12 +8,12 @@ __all__ = ['KINDS', 'METHODS', 'Stream', 'Job', 'teacher_layer', 'Targets', 'bui
            'block_sizes', 'run_layers', 'Run', 'peak_memory', 'kind_sizes', 'table', 'plot_report', 'execute',
            'compress']
 
-# %% ../nbs/08_pipeline.ipynb #1ace56c2
-import gc, hashlib, json, platform, resource, shutil, sys, time
+# %% ../nbs/08_pipeline.ipynb #5c91f6ed
+import hashlib, json, platform, resource, shutil, sys, time
 from pathlib import Path
 from typing import NamedTuple
 
-import torch, transformers
+import numpy as np, torch, transformers
 from fastcore.basics import patch
 from torch import nn
 from tqdm import tqdm
@@ -276,7 +276,7 @@ def block_sizes(
     return dict(moe_intermediate_size=c.moe_intermediate_size, n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
                 n_group=c.n_group, topk_group=c.topk_group)
 
-# %% ../nbs/08_pipeline.ipynb #094270f1
+# %% ../nbs/08_pipeline.ipynb #25891a4b
 def run_layers(
     ck:Checkpoint, model:nn.Module, # the teacher
     kinds:list,                     # students to make, the one to be written first
@@ -287,6 +287,7 @@ def run_layers(
     "Move the teacher and its students through all the layers, writing the first student's."
     folder, n, h = writer.partial/'states', len(job.cal)+len(job.held), model.config.hidden_size
     fresh, names = run['layer'] is None, ['teacher', *kinds]
+    coactivation(np.zeros((1, 1), np.int64), 1)                                # compiled here; in the loop, numba's compiler would leave cycles that hold a whole layer
     streams = {k: Stream(k, folder, n, h, 0 if fresh else run['layer']) for k in names}
     y = States(n, h, folder/'y')
     t = time.perf_counter()
@@ -296,7 +297,6 @@ def run_layers(
     for i,layer in stream_layers(ck, model, run['layer'], device=job.device):
         job.bar.set_description(f'layer {i}: teacher'); t = job.stage('read', t)
         with torch.no_grad(): stats = teacher_layer(layer, streams['teacher'], y, job)
-        gc.collect()                                                           # numba's first compilation leaves cycles that hold a whole layer
         round_weights(layer, job.dtype); t = job.stage('teacher', t); job.bar.update()
         for k in kinds:
             job.bar.set_description(f'layer {i}: {k}')
