@@ -226,7 +226,7 @@ def test_full_disk(kb, tmp_path, texts, capfd):
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={kb}k', 'tmpfs', str(disk)], capture_output=True).returncode: pytest.skip('mounting is not allowed here')
     try:
         argv = run(src, tmp_path, texts, '--keep', '1', '--dtype', 'float32'); argv[2] = disk/'out'
-        refused(argv, capfd, 'pace', watch=[tmp_path])                          # "No space left on device"
+        refused(argv, capfd, disk/'out', watch=[tmp_path])                      # before it starts where that can be known, else "No space left on device"
     finally: subprocess.run(['umount', '-l', str(disk)], check=True)
 
 def test_hub_id_while_offline(tmp_path, texts):
