@@ -14,6 +14,11 @@ def pytest_addoption(parser): parser.addoption('--nb-flags', default='', help='r
 def pytest_collect_file(file_path, parent):
     if file_path.suffix=='.ipynb' and file_path.name[0] not in '._': return NbFile.from_parent(parent, path=file_path)
 
+def library_classes():
+    "The classes that the library's modules define"
+    mods = [m for n,m in sys.modules.items() if n.split('.')[0]=='moe_fuse']
+    return {c for m in mods for c in vars(m).values() if isinstance(c, type) and c.__module__.split('.')[0]=='moe_fuse'}
+
 class NbFile(pytest.File):
     def collect(self):
         skip = set(cfg.tst_flags.split()) - set(self.config.getoption('--nb-flags').split())
@@ -31,7 +36,8 @@ class NbFile(pytest.File):
     def setup(self):
         os.environ['IN_TEST'] = '1'
         if str(cfg.config_path) not in sys.path: sys.path.insert(0, str(cfg.config_path))
-        self.failed = None
+        import moe_fuse.pipeline                                               # everything the library patches is patched before the snapshot
+        self.failed, self.library = None, {c: dict(vars(c)) for c in library_classes()}
         self.k = CaptureShell(self.path)
 
     def teardown(self):
@@ -39,6 +45,9 @@ class NbFile(pytest.File):
         os.environ.pop('IN_TEST', None)
         if 'matplotlib.pyplot' in sys.modules: sys.modules['matplotlib.pyplot'].close('all')
         if k := self.__dict__.pop('k', None): k.reset(new_session=False)
+        for c,attrs in self.__dict__.pop('library', {}).items():               # a notebook's `@patch` must not outlive it
+            for a in {*vars(c), *attrs}:
+                if vars(c).get(a) is not attrs.get(a): setattr(c, a, attrs[a]) if a in attrs else delattr(c, a)
         gc.collect()
 
 class CellError(Exception): pass
