@@ -25,7 +25,8 @@ demo: $(RUN_OK)
 	$(BIN)/moe-fuse run demo "$(DEMO_OUT)" --keep 0.25
 
 test: $(DEV_OK)
-	@$(BIN)/python -m pytest -q -ra nbs tests
+	@fail=0; for nb in nbs/*.ipynb; do echo $$nb; $(BIN)/python -m pytest -q -ra $$nb || fail=1; done; \
+	$(BIN)/python -m pytest -q -ra tests || fail=1; exit $$fail   # a process for each notebook: none sees what another patched
 
 set-up: $(DEV_OK)
 
