@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ITEM_BYTES', 'SUPPORTED', 'PARTS', 'BadInput', 'read_json', 'Entry', 'read_header', 'Checkpoint', 'resolve_source',
-           'open_headers', 'part_of', 'check_supported', 'inspect']
+           'open_headers', 'part_of', 'check_supported', 'inspect', 'slim_widths', 'pruned_groups']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
@@ -163,3 +163,31 @@ def inspect(
     return dict(architecture=SUPPORTED[c['model_type']], layers=c['num_hidden_layers'], dense_layers=c.get('first_k_dense_replace', 0), hidden_size=c['hidden_size'],
                 experts=c['n_routed_experts'], top_k=c['num_experts_per_tok'], shared_experts=c.get('n_shared_experts') or 0, expert_width=c['moe_intermediate_size'],
                 formats=dict(formats), parameters=dict(params), total=total, active=active, bytes_by_part=dict(nbytes), bytes=ck.nbytes)
+
+# %% ../nbs/00_headers.ipynb #3fe57dc2
+def slim_widths(
+    n_experts:int,    # N
+    width:int,        # I, neurons of one expert
+    n_shared:int,     # shared experts, each as wide as a routed one
+    keep:float,       # share of the routed neurons that stays, 0 < keep <= 1
+    shared_share=0.,  # share of those that becomes always-on, 0 <= shared_share < 1
+): # (r, always-on neurons, n_shared_experts of the new config)
+    "The widest stock layer within the budget N*I*keep."
+    if not 0<keep<=1: raise BadInput(f'keep is {keep}, it must lie in (0, 1]')
+    if not 0<=shared_share<1: raise BadInput(f'shared_share is {shared_share}, it must lie in [0, 1)')
+    if keep==1 and not shared_share: return width, 0, n_shared
+    budget = int(n_experts*width*keep + 1e-6)
+    for r in range(int(budget*(1-shared_share)/n_experts + 1e-6)//8*8, 0, -8):
+        new = (n_shared*width + budget - n_experts*r)//r                       # shared experts of width r that the rest pays for
+        if new*r >= n_shared*width: return r, new*r-n_shared*width, new
+    raise BadInput(f'keep is {keep}, which leaves less than 8 neurons an expert')
+
+# %% ../nbs/00_headers.ipynb #7d2e3f90
+def pruned_groups(
+    n_keep:int, n_group:int, topk_group:int, top_k:int, # experts that stay; the router's three numbers
+): # (n_group, topk_group) for the smaller router
+    "Group settings a stock router accepts: equal groups of at least 2, and enough candidates for top_k."
+    if n_keep<max(top_k, 2): raise BadInput(f'{n_keep} experts are fewer than the {max(top_k, 2)} that the router needs')
+    g = next(g for g in range(n_group, 0, -1) if n_group%g==0 and n_keep%g==0 and n_keep//g>=2)
+    used = min(g, max(-(-topk_group*g//n_group), -(-top_k*g//n_keep)))
+    return (g, used) if used<g else (1, 1)                                     # all groups used is no groups; llama.cpp aborts on equal numbers

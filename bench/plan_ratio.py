@@ -1,0 +1,118 @@
+"""Planned over measured: memory, disk, arithmetic and time of `moe-fuse run`, stage by stage.
+
+    python bench/plan_ratio.py                     # the embedded teacher, 65,536 calibration tokens
+    python bench/plan_ratio.py FOLDER --card       # a checkpoint, on a GPU
+    python bench/plan_ratio.py FOLDER --tokens 8192 --flop-tokens 0
+
+Two runs, each in a process of its own. The first gives the peak of every stage (Linux: the kernel's high-water mark, reset at each stage; on a GPU also torch's), the bytes of
+OUT.partial and the seconds; from resident memory is subtracted what the process held when its text was read and its libraries were loaded. The second counts operations with
+`torch.utils.flop_counter`; Cholesky and triangular solves, which it does not know, are left out of the plan too. The text is long, so that nearly all sequences have 512 tokens.
+The rates for the seconds are measured in the first process, just before its run. Exit code 1 if a peak lies outside 0.8-1.3 or the operations are off by more than 2 %.
+"""
+import argparse, json, subprocess, sys, tempfile
+from pathlib import Path
+
+from moe_fuse.headers import Checkpoint, resolve_source   # no torch: a child's peak counts that of the process it was forked from
+from moe_fuse.planning import *
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('source', nargs='?', default='demo', help='folder, or demo'); p.add_argument('--card', action='store_true', help='run on the GPU')
+p.add_argument('--tokens', type=int, default=65536); p.add_argument('--eval-tokens', type=int, default=16384); p.add_argument('--keep', type=float, default=.25)
+p.add_argument('--steps', type=int, default=0, help='of distillation, a layer'); p.add_argument('--flop-tokens', type=int, default=8192, help='of the counted run; 0 leaves it out')
+p.add_argument('--child', nargs=2, metavar=('KIND', 'FOLDER'), help=argparse.SUPPRESS)
+a = p.parse_args()
+
+def write_text(path, split, tokens):
+    "Three long documents of the standard library's text."
+    from moe_fuse.stdlib_text import stdlib_docs
+    text = {}
+    for d in stdlib_docs(split): text[d['domain']] = text.get(d['domain'], '') + (d['text'] if 'text' in d else '\n'.join(m['content'] for m in d['messages'])) + '\n'
+    path.write_text(''.join(json.dumps(dict(text=t[:4*tokens]))+'\n' for t in text.values()))
+
+def sizes_of(report=None, flops=False): # arguments of `run_sizes`
+    tokens = dict(tokens=a.tokens, eval_tokens=a.eval_tokens) if report is None else {k: sum(report[f]['tokens'].values()) for k,f in (('tokens', 'calibration'), ('eval_tokens', 'held_out'))}
+    return dict(keep=a.keep, distill_steps=2 if flops else a.steps, card=a.card and not flops) | tokens
+
+def resident(key): # VmRSS, or VmHWM: the most since it was reset
+    return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith(key))
+
+def run(kind, folder):
+    "One run; prints one JSON document."
+    import numpy as np, torch
+    from moe_fuse import pipeline
+    tokens = (a.tokens, a.eval_tokens) if kind=='memory' else (a.flop_tokens, max(2048, a.flop_tokens//4))
+    for split,n in zip(('train', 'valid'), tokens): write_text(folder/f'{split}.jsonl', split, n)
+    device, out, seen = 'cuda' if a.card and kind=='memory' else 'cpu', folder/'out', dict(ram={}, vram={}, flops={}, disk=0, rss=0, counted=0)
+    partial = folder/'out.partial'
+    rates = measure_machine(run_sizes(Checkpoint(resolve_source(a.source)).config, **sizes_of()), folder) if kind=='memory' else None
+    if device=='cuda': torch.ones(512, 512, device='cuda') @ torch.ones(512, 512, device='cuda')   # its context and cuBLAS are libraries too
+    def files(): seen['disk'] = max(seen['disk'], sum(f.stat().st_blocks*512 for f in partial.rglob('*') if f.is_file()))
+    def reset():
+        Path('/proc/self/clear_refs').write_text('5')
+        if device=='cuda': torch.cuda.reset_peak_memory_stats()
+    def note(name):
+        seen['ram'][name] = max(seen['ram'].get(name, 0), resident('VmHWM')-seen['rss'])
+        if device=='cuda': seen['vram'][name] = max(seen['vram'].get(name, 0), torch.cuda.max_memory_allocated())
+        if counter: n = counter.get_total_flops(); seen['flops'][name] = seen['flops'].get(name, 0)+n-seen['counted']; seen['counted'] = n
+        files(); reset()
+    stage, layers, write = pipeline.Job.stage, pipeline.run_layers, pipeline.CheckpointWriter.write
+    def noted(job, name, t): note(name); return stage(job, name, t)
+    def started(*args): pipeline.coactivation(np.zeros((1, 1), np.int64), 1); seen['rss'] = resident('VmRSS'); reset(); return layers(*args)
+    def written(writer, *args): write(writer, *args); files()
+    pipeline.Job.stage, pipeline.run_layers, pipeline.CheckpointWriter.write = noted, started, written
+    counter, kw = None, dict(keep=a.keep, calibration=str(folder/'train.jsonl'), eval_data=str(folder/'valid.jsonl'), tokens=tokens[0], eval_tokens=tokens[1], device=device, quiet=True)
+    if kind=='memory': report = pipeline.compress(a.source, out, distill_steps=a.steps, **kw).report
+    else:
+        from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+        cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu   # the counter knows the attention of GPUs only
+        with FlopCounterMode(display=False, custom_mapping={cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v)}) as counter:
+            report = pipeline.compress(a.source, out, distill_steps=2, **kw).report
+    written = sum(f.stat().st_size for f in out.glob('*.safetensors'))
+    print(json.dumps(dict(seen=seen, report=report, rates=rates, written=written)))
+
+def child(kind):
+    with tempfile.TemporaryDirectory() as d:
+        argv = [sys.executable, __file__, a.source, *sys.argv[2 if sys.argv[1:2]==[a.source] else 1:], '--child', kind, d]
+        r = subprocess.run(argv, stdout=subprocess.PIPE)
+    if r.returncode: sys.exit(f'the {kind} run ended with exit code {r.returncode}')
+    return json.loads(r.stdout)
+
+def row(name, planned, measured, show): return [name, show(planned), show(measured), f'{planned/measured:.2f}' if measured>0 else '']
+
+def memory(c, disk):
+    "Peaks, files and seconds."
+    m = child('memory'); r = m['report']
+    z = run_sizes(c, **sizes_of(r)); parts = {s.name: s for s in stages(z, disk)}
+    print(f"{r['source']['name']} on {r['device']}, {z.cal:,} + {z.held:,} tokens; resident before the first layer: {gb(m['seen']['rss'])}\n")
+    ram = lambda s: s.host + (0 if z.card else s.device)
+    mem = [('VRAM', m['seen']['vram'], lambda s: s.device)]*z.card + [('RAM', m['seen']['ram'], ram)]
+    ratios = []
+    for what,seen,of in mem:
+        rows = [row(n, of(parts[n]), b, gb) for n,b in seen.items()]
+        peaks = max(map(of, parts.values())), max(seen.values()); ratios.append(peaks[0]/peaks[1])
+        print(aligned([what, 'planned', 'measured', 'ratio'], [*rows, row('peak', *peaks, gb)]), '\n')
+    files = [('states and student at once', state_bytes(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
+    ratios += [planned/measured for _,planned,measured in files]
+    print(aligned(['disk', 'planned', 'measured', 'ratio'], [row(*f, gb) for f in files]), '\n')
+    planned = {n: stage_seconds(parts[n], m['rates']) for n in r['seconds']}
+    rows = [row(n, planned[n], s, duration) for n,s in r['seconds'].items()]
+    print(aligned(['time', 'planned', 'measured', 'ratio'], [*rows, row('all', sum(planned.values()), sum(r['seconds'].values()), duration)]))
+    print('rates measured before: ' + ', '.join(f'{k} {v:.3g}/s' for k,v in m['rates'].items()) + '\n')
+    return all(.8<=x<=1.3 for x in ratios)
+
+def operations(c, disk):
+    "Operations, counted."
+    m = child('flops'); z = run_sizes(c, **sizes_of(m['report'], flops=True))
+    uncounted = z.moe*(z.f**3/3 + 2*z.f**2*z.h)
+    planned = {s.name: s.flops - (uncounted if s.name=='slim: fit' else 0) for s in stages(z, disk)}
+    seen = {n:v for n,v in m['seen']['flops'].items() if v}
+    total = sum(planned.values()), sum(seen.values())
+    print(aligned(["GFLOP", "planned", "counted", "ratio"], [row(n, x/1e9, y/1e9, lambda v: f"{v:,.2f}") for n,x,y in [*((n, planned[n], v) for n,v in seen.items()), ("all", *total)]]))
+    return abs(total[0]/total[1]-1) <= .02
+
+if a.child: run(a.child[0], Path(a.child[1])); sys.exit()
+ck = Checkpoint(resolve_source(a.source))
+disk = source_bytes(ck.config) | dict(total=ck.nbytes)
+ok = memory(ck.config, disk)
+if a.flop_tokens: ok &= operations(ck.config, disk)
+sys.exit(not ok)
