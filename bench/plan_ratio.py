@@ -86,17 +86,17 @@ def memory(c, disk):
     print(f"{r['source']['name']} on {r['device']}, {z.cal:,} + {z.held:,} tokens; resident before the first layer: {gb(m['seen']['rss'])}\n")
     ram = lambda s: s.host + (0 if z.card else s.device)
     mem = [('VRAM', m['seen']['vram'], lambda s: s.device)]*z.card + [('RAM', m['seen']['ram'], ram)]
-    ratios = []
+    ratios, seconds = [], {n: s for n,s in r['seconds'].items() if n in parts}            # a stage with nothing to do has a name and no cost
     for what,seen,of in mem:
-        rows = [row(n, of(parts[n]), b, gb) for n,b in seen.items()]
+        rows = [row(n, of(parts[n]), b, gb) for n,b in seen.items() if n in parts]
         peaks = max(map(of, parts.values())), max(seen.values()); ratios.append(peaks[0]/peaks[1])
         print(aligned([what, 'planned', 'measured', 'ratio'], [*rows, row('peak', *peaks, gb)]), '\n')
     files = [('states and student at once', state_bytes(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
     ratios += [planned/measured for _,planned,measured in files]
     print(aligned(['disk', 'planned', 'measured', 'ratio'], [row(*f, gb) for f in files]), '\n')
-    planned = {n: stage_seconds(parts[n], m['rates']) for n in r['seconds']}
-    rows = [row(n, planned[n], s, duration) for n,s in r['seconds'].items()]
-    print(aligned(['time', 'planned', 'measured', 'ratio'], [*rows, row('all', sum(planned.values()), sum(r['seconds'].values()), duration)]))
+    planned = {n: stage_seconds(parts[n], m['rates']) for n in seconds}
+    rows = [row(n, planned[n], s, duration) for n,s in seconds.items()]
+    print(aligned(['time', 'planned', 'measured', 'ratio'], [*rows, row('all', sum(planned.values()), sum(seconds.values()), duration)]))
     print('rates measured before: ' + ', '.join(f'{k} {v:.3g}/s' for k,v in m['rates'].items()) + '\n')
     return all(.8<=x<=1.3 for x in ratios)
 
