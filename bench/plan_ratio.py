@@ -5,11 +5,11 @@
     python bench/plan_ratio.py FOLDER --tokens 8192 --flop-tokens 0
 
 Two runs, each in a process of its own. The first gives the peak of every stage (Linux: the kernel's high-water mark, reset at each stage; on a GPU also torch's), the bytes of
-OUT.partial and the seconds; from resident memory is subtracted what the process held when its text was read and its libraries were loaded. The second counts operations with
+OUT.partial and the seconds; from resident memory is subtracted what the process held after a small run and after its text was read: libraries, mostly. The second counts operations with
 `torch.utils.flop_counter`; Cholesky and triangular solves, which it does not know, are left out of the plan too. The text is long, so that nearly all sequences have 512 tokens.
 The rates for the seconds are measured in the first process, just before its run. Exit code 1 if a peak lies outside 0.8-1.3 or the operations are off by more than 2 %.
 """
-import argparse, json, subprocess, sys, tempfile
+import argparse, contextlib, ctypes, gc, json, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from moe_fuse.headers import Checkpoint, resolve_source   # no torch: a child's peak counts that of the process it was forked from
@@ -42,10 +42,9 @@ def run(kind, folder):
     from moe_fuse import pipeline
     tokens = (a.tokens, a.eval_tokens) if kind=='memory' else (a.flop_tokens, max(2048, a.flop_tokens//4))
     for split,n in zip(('train', 'valid'), tokens): write_text(folder/f'{split}.jsonl', split, n)
-    device, out, seen = 'cuda' if a.card and kind=='memory' else 'cpu', folder/'out', dict(ram={}, vram={}, flops={}, disk=0, rss=0, counted=0)
+    device, out, seen = 'cuda' if a.card and kind=='memory' else 'cpu', folder/'out', dict(ram={}, vram={}, flops={}, cpu={}, disk=0, rss=0, counted=0, now=0)
     partial = folder/'out.partial'
     rates = measure_machine(run_sizes(Checkpoint(resolve_source(a.source)).config, **sizes_of()), folder) if kind=='memory' else None
-    if device=='cuda': torch.ones(512, 512, device='cuda') @ torch.ones(512, 512, device='cuda')   # its context and cuBLAS are libraries too
     def files(): seen['disk'] = max(seen['disk'], sum(f.stat().st_blocks*512 for f in partial.rglob('*') if f.is_file()))
     def reset():
         Path('/proc/self/clear_refs').write_text('5')
@@ -54,13 +53,18 @@ def run(kind, folder):
         seen['ram'][name] = max(seen['ram'].get(name, 0), resident('VmHWM')-seen['rss'])
         if device=='cuda': seen['vram'][name] = max(seen['vram'].get(name, 0), torch.cuda.max_memory_allocated())
         if counter: n = counter.get_total_flops(); seen['flops'][name] = seen['flops'].get(name, 0)+n-seen['counted']; seen['counted'] = n
+        now = time.process_time(); seen['cpu'][name] = seen['cpu'].get(name, 0)+now-seen['now']; seen['now'] = now
         files(); reset()
+    def trim():
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError): ctypes.CDLL('libc.so.6').malloc_trim(0)   # what is free goes back to the system
     stage, layers, write = pipeline.Job.stage, pipeline.run_layers, pipeline.CheckpointWriter.write
     def noted(job, name, t): note(name); return stage(job, name, t)
-    def started(*args): pipeline.coactivation(np.zeros((1, 1), np.int64), 1); seen['rss'] = resident('VmRSS'); reset(); return layers(*args)
+    def started(*args): pipeline.coactivation(np.zeros((1, 1), np.int64), 1); trim(); seen['rss'] = resident('VmRSS'); reset(); seen['now'] = time.process_time(); return layers(*args)
     def written(writer, *args): write(writer, *args); files()
-    pipeline.Job.stage, pipeline.run_layers, pipeline.CheckpointWriter.write = noted, started, written
-    counter, kw = None, dict(keep=a.keep, calibration=str(folder/'train.jsonl'), eval_data=str(folder/'valid.jsonl'), tokens=tokens[0], eval_tokens=tokens[1], device=device, quiet=True)
+    kw = dict(keep=a.keep, calibration=str(folder/'train.jsonl'), eval_data=str(folder/'valid.jsonl'), tokens=tokens[0], eval_tokens=tokens[1], device=device, quiet=True)
+    if kind=='memory': pipeline.compress('demo', folder/'first', **kw | dict(tokens=2048, eval_tokens=2048), distill_steps=1)   # now the libraries' code is in memory, and CUDA's context
+    counter, pipeline.Job.stage, pipeline.run_layers, pipeline.CheckpointWriter.write = None, noted, started, written
     if kind=='memory': report = pipeline.compress(a.source, out, distill_steps=a.steps, **kw).report
     else:
         from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
@@ -84,19 +88,20 @@ def memory(c, disk):
     m = child('memory'); r = m['report']
     z = run_sizes(c, **sizes_of(r)); parts = {s.name: s for s in stages(z, disk)}
     print(f"{r['source']['name']} on {r['device']}, {z.cal:,} + {z.held:,} tokens; resident before the first layer: {gb(m['seen']['rss'])}\n")
-    ram = lambda s: s.host + (0 if z.card else s.device)
-    mem = [('VRAM', m['seen']['vram'], lambda s: s.device)]*z.card + [('RAM', m['seen']['ram'], ram)]
+    need = needs(z, disk, True)
+    mem = [('VRAM', m['seen']['vram'], LIBRARIES['vram'])]*z.card + [('RAM', m['seen']['ram'], LIBRARIES['card' if z.card else 'cpu'])]   # what is not derived is left out
     ratios, seconds = [], {n: s for n,s in r['seconds'].items() if n in parts}            # a stage with nothing to do has a name and no cost
-    for what,seen,of in mem:
-        rows = [row(n, of(parts[n]), b, gb) for n,b in seen.items() if n in parts]
-        peaks = max(map(of, parts.values())), max(seen.values()); ratios.append(peaks[0]/peaks[1])
+    for what,seen,base in mem:
+        rows = [row(n, need[what.lower()][n]-base, b, gb) for n,b in seen.items() if n in parts]
+        peaks = peak(what.lower(), need)-base, max(seen.values()); ratios.append(peaks[0]/peaks[1])
         print(aligned([what, 'planned', 'measured', 'ratio'], [*rows, row('peak', *peaks, gb)]), '\n')
     files = [('states and student at once', state_bytes(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
     ratios += [planned/measured for _,planned,measured in files]
     print(aligned(['disk', 'planned', 'measured', 'ratio'], [row(*f, gb) for f in files]), '\n')
     planned = {n: stage_seconds(parts[n], m['rates']) for n in seconds}
-    rows = [row(n, planned[n], s, duration) for n,s in seconds.items()]
-    print(aligned(['time', 'planned', 'measured', 'ratio'], [*rows, row('all', sum(planned.values()), sum(seconds.values()), duration)]))
+    cpu = m['seen']['cpu']
+    rows = [row(n, planned[n], s, duration)+[duration(cpu[n])] for n,s in seconds.items()]
+    print(aligned(['time', 'planned', 'measured', 'ratio', 'of the processor'], [*rows, row('all', sum(planned.values()), sum(seconds.values()), duration)+[duration(sum(cpu[n] for n in seconds))]]))
     print('rates measured before: ' + ', '.join(f'{k} {v:.3g}/s' for k,v in m['rates'].items()) + '\n')
     return all(.8<=x<=1.3 for x in ratios)
 
