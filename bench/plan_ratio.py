@@ -2,14 +2,15 @@
 
     python bench/plan_ratio.py                     # the embedded teacher, 65,536 calibration tokens
     python bench/plan_ratio.py FOLDER --card       # a checkpoint, on a GPU
-    python bench/plan_ratio.py FOLDER --tokens 8192 --flop-tokens 0
+    python bench/plan_ratio.py --exact             # freed memory goes back to the system at once: slower, but each stage's peak is its own
 
 Two runs, each in a process of its own. The first gives the peak of every stage (Linux: the kernel's high-water mark, reset at each stage; on a GPU also torch's), the bytes of
 OUT.partial and the seconds; from resident memory is subtracted what the process held after a small run and after its text was read: libraries, mostly. The second counts operations with
 `torch.utils.flop_counter`; Cholesky and triangular solves, which it does not know, are left out of the plan too. The text is long, so that nearly all sequences have 512 tokens.
-The rates for the seconds are measured in the first process, just before its run. Exit code 1 if a peak lies outside 0.8-1.3 or the operations are off by more than 2 %.
+The rates for the seconds are measured in the first process, just before its run. Without --exact,
+malloc keeps freed blocks, and only the peak of resident memory can be compared. Exit code 1 if a peak lies outside 0.8-1.3 or the operations are off by more than 2 %.
 """
-import argparse, contextlib, ctypes, gc, json, subprocess, sys, tempfile, time
+import argparse, contextlib, ctypes, gc, json, os, subprocess, sys, tempfile, time
 from pathlib import Path
 
 from moe_fuse.headers import Checkpoint, resolve_source   # no torch: a child's peak counts that of the process it was forked from
@@ -19,6 +20,7 @@ p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDes
 p.add_argument('source', nargs='?', default='demo', help='folder, or demo'); p.add_argument('--card', action='store_true', help='run on the GPU')
 p.add_argument('--tokens', type=int, default=65536); p.add_argument('--eval-tokens', type=int, default=16384); p.add_argument('--keep', type=float, default=.25)
 p.add_argument('--steps', type=int, default=0, help='of distillation, a layer'); p.add_argument('--flop-tokens', type=int, default=8192, help='of the counted run; 0 leaves it out')
+p.add_argument('--exact', action='store_true', help='let malloc keep no freed block of 1 MB or more')
 p.add_argument('--child', nargs=2, metavar=('KIND', 'FOLDER'), help=argparse.SUPPRESS)
 a = p.parse_args()
 
@@ -76,8 +78,9 @@ def run(kind, folder):
 
 def child(kind):
     with tempfile.TemporaryDirectory() as d:
-        argv = [sys.executable, __file__, a.source, *sys.argv[2 if sys.argv[1:2]==[a.source] else 1:], '--child', kind, d]
-        r = subprocess.run(argv, stdout=subprocess.PIPE)
+        options = [f'--{k.replace("_", "-")}' + ('' if v is True else f'={v}') for k,v in vars(a).items() if k not in ('source', 'child') and v is not False]
+        argv = [sys.executable, __file__, a.source, *options, '--child', kind, d]
+        r = subprocess.run(argv, stdout=subprocess.PIPE, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='1000000') if a.exact else {}))
     if r.returncode: sys.exit(f'the {kind} run ended with exit code {r.returncode}')
     return json.loads(r.stdout)
 
@@ -89,11 +92,12 @@ def memory(c, disk):
     z = run_sizes(c, **sizes_of(r)); parts = {s.name: s for s in stages(z, disk)}
     print(f"{r['source']['name']} on {r['device']}, {z.cal:,} + {z.held:,} tokens; resident before the first layer: {gb(m['seen']['rss'])}\n")
     need = needs(z, disk, True)
-    mem = [('VRAM', m['seen']['vram'], LIBRARIES['vram'])]*z.card + [('RAM', m['seen']['ram'], LIBRARIES['card' if z.card else 'cpu'])]   # what is not derived is left out
+    def of(what, n): return parts[n].device if what=='VRAM' else parts[n].host + (0 if z.card else parts[n].device)      # what is derived, without libraries
+    mem = [('VRAM', m['seen']['vram'], LIBRARIES['vram'])]*z.card + [('RAM', m['seen']['ram'], LIBRARIES['card' if z.card else 'cpu'])]
     ratios, seconds = [], {n: s for n,s in r['seconds'].items() if n in parts}            # a stage with nothing to do has a name and no cost
     for what,seen,base in mem:
-        rows = [row(n, need[what.lower()][n]-base, b, gb) for n,b in seen.items() if n in parts]
-        peaks = peak(what.lower(), need)-base, max(seen.values()); ratios.append(peaks[0]/peaks[1])
+        rows = [row(n, of(what, n), b, gb) for n,b in seen.items() if n in parts]
+        peaks = max(of(what, n) for n in parts) if a.exact else peak(what.lower(), need)-base, max(seen.values()); ratios.append(peaks[0]/peaks[1])
         print(aligned([what, 'planned', 'measured', 'ratio'], [*rows, row('peak', *peaks, gb)]), '\n')
     files = [('states and student at once', state_bytes(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
     ratios += [planned/measured for _,planned,measured in files]

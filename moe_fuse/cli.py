@@ -86,7 +86,7 @@ def plan_command(
         if not 0<v<float('inf'): raise BadInput(f"{'--device-tflops' if k=='flops' else '--bandwidth'} must be a positive number")
     rates = {}
     if a.measure:
-        with tempfile.TemporaryDirectory(dir='.') as d: rates = measure_machine(run_sizes(read_source(a.src)[0], **recipe), d) | dict(by='measured')
+        with tempfile.TemporaryDirectory(dir='.') as d: rates = measure_machine(run_sizes(read_source(a.src)[0], card='vram' in memory, **recipe), d) | dict(by='measured')
     if given: rates |= given | dict(by=', '.join(filter(None, ['given: ' + ' and '.join(given), 'the rest ' + rates.get('by', 'assumed')])))
     p = plan(a.src, **memory, rates=rates, **recipe)
     return json.dumps(p) if a.json else repr(p)

@@ -6,11 +6,11 @@
 __all__ = ['UNITS', 'COUNTS', 'NEEDED', 'WEIGHT_BYTES', 'MIN_TOKENS', 'STUDENTS', 'SEQ_LEN', 'ASSUMED', 'MMAP_FROM', 'LIBRARIES',
            'WORDS', 'parse_bytes', 'parse_count', 'check_plannable', 'layer_matrices', 'layer_vectors', 'parameters',
            'matrix_bytes', 'source_bytes', 'Sizes', 'run_sizes', 'state_bytes', 'block_weights', 'layer_weights',
-           'student_weights', 'Stage', 'read_stages', 'attention_cost', 'dense_cost', 'block_shape', 'block_cost',
-           'teacher_stage', 'held_weights', 'attention_stage', 'measure_stage', 'forward_stage', 'fit_stage',
-           'distill_stage', 'write_stage', 'evaluation_stage', 'stages', 'measure_machine', 'stage_seconds',
-           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'Plan', 'plan', 'aligned',
-           'plan_table']
+           'student_weights', 'Stage', 'read_stages', 'transfer', 'attention_cost', 'dense_cost', 'block_shape',
+           'block_cost', 'teacher_stage', 'held_weights', 'attention_stage', 'measure_stage', 'forward_stage',
+           'fit_stage', 'distill_stage', 'write_stage', 'evaluation_stage', 'stages', 'measure_machine',
+           'stage_seconds', 'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'Plan',
+           'plan', 'aligned', 'plan_table']
 
 # %% ../nbs/08_planning.ipynb #15d1c939
 import math, re, time
@@ -234,7 +234,14 @@ def read_stages(
             Stage('read', 0, 40*sum(parameters(z.c).values()), disk['total'] + (len(z.kinds)+1)*z.tokens*z.h*4,
                   4*max(layer_weights(z, moe) for moe in kinds) + 16*largest, max(disk['moe'], disk['dense'] if z.dense else 0, z.ends*(3*disk['item'] + 2*z.item + 3)))]
 
-# %% ../nbs/08_planning.ipynb #21f4a027
+# %% ../nbs/08_planning.ipynb #76eef224
+def transfer(
+    z:Sizes,
+    n:int, # tensors on the way
+) -> int: # bytes
+    "States of a batch in the machine's memory, on their way to a card or back; on a CPU they are where they are used."
+    return 4*n*z.b*z.h if z.card else 0
+
 SEQ_LEN = 512  # longest sequence, as `sample_tokens` has it
 
 def attention_cost(
@@ -272,7 +279,7 @@ def block_cost(
     flops = 2*n*z.h + 6*k*z.h*w + 6*z.h*s + (0 if kind=='mean' else 2*k*z.h)
     p = k*z.b
     held = p*max(3*z.h+w, z.h+4*w) if kind=='mean' else p*max(z.h+2*w, 4*w, 2*z.h)
-    return flops, 12*n + k*(8*z.h + 8*w) + 8*s + 5*z.h, held + z.b*max(2*z.h, 4*s)
+    return flops, 12*n + k*(8*z.h + 8*w) + 8*s + 5*z.h, max(held + z.b*z.h, z.b*(4*s+2*z.h))
 
 # %% ../nbs/08_planning.ipynb #b8222c61
 def teacher_stage(
@@ -283,7 +290,7 @@ def teacher_stage(
     flops = z.tokens*(z.layers*fa + z.dense*fd + z.moe*fb)
     moved = z.tokens*(z.layers*ma + z.dense*md + z.moe*(mb + 15*z.h + z.k*(6*z.i + z.h)))
     held = max(ha + z.pairs*(z.i+z.h) + 3*z.b*z.h, z.pairs*max(3*z.i+2*z.h, 5*z.i+z.h) + 4*z.b*z.h, hd if z.dense else 0)
-    return Stage('teacher', flops, 4*moved, 4*z.tokens*z.h*(2*z.layers+z.moe), 4*(layer_weights(z, True) + held), 12*z.b*z.h)
+    return Stage('teacher', flops, 4*moved, 4*z.tokens*z.h*(2*z.layers+z.moe), 4*(layer_weights(z, True) + held), transfer(z, 3))
 
 # %% ../nbs/08_planning.ipynb #5ebca761
 def held_weights(
@@ -300,7 +307,7 @@ def attention_stage(
     (fa, ma, ha), (fd, md, hd) = attention_cost(z), dense_cost(z)
     before = layer_weights(z, True) + (0 if kind==z.kinds[0] else block_weights(z, z.kinds[0]))
     return Stage(f'{kind}: attention', z.tokens*(z.layers*fa + z.dense*fd), 4*z.tokens*(z.layers*ma + z.dense*md), 8*z.tokens*z.h*z.layers,
-                 4*(before + max(ha, hd if z.dense else 0)), 8*z.b*z.h)
+                 4*(before + max(ha, hd if z.dense else 0)), transfer(z, 2))
 
 def measure_stage(
     z:Sizes, kind:str, # as in `held_weights`
@@ -309,7 +316,7 @@ def measure_stage(
     "The block over the held-out tokens."
     flops, moved, held = block_cost(z, kind)
     n, full = times*z.moe*z.held, min(1, z.held/z.b)                           # all of it may be less than a batch
-    return Stage(f'{kind}: {name}', n*(flops + 12*z.h*z.s), 4*n*(moved + 16*z.s + 60*z.h), 20*n*z.h, 4*(held_weights(z, kind) + full*(held + 14*z.b*z.h)), 12*z.b*z.h)
+    return Stage(f'{kind}: {name}', n*(flops + 12*z.h*z.s), 4*n*(moved + 16*z.s + 60*z.h), 20*n*z.h, 4*(held_weights(z, kind) + full*max(held + 4*z.b*z.h, 13*z.b*z.h)), transfer(z, 3))
 
 def forward_stage(
     z:Sizes, kind:str, # as in `held_weights`
@@ -317,7 +324,7 @@ def forward_stage(
     "The finished block over all tokens."
     flops, moved, held = block_cost(z, kind)
     n = z.moe*z.tokens
-    return Stage(f'{kind}: forward', n*flops, 4*n*(moved + 10*z.h), 8*n*z.h, 4*(held_weights(z, kind) + held + 5*z.b*z.h), 8*z.b*z.h)
+    return Stage(f'{kind}: forward', n*flops, 4*n*(moved + 10*z.h), 8*n*z.h, 4*(held_weights(z, kind) + held + 2*z.b*z.h), transfer(z, 2))
 
 # %% ../nbs/08_planning.ipynb #f4eb1712
 def fit_stage(
@@ -331,7 +338,7 @@ def fit_stage(
     moved = 4*(12*z.n + k*(7*h + 9*r + 2*f) + 8*s + 3*f + 25*h) + f*f*(8+2*acc)/t
     add = f*h*(4+acc) + 4*(t*(f + 2*k*r + 3*s + h) + max(2*k*t*h, min(t, 4*k*t/z.n)*f + max(r, s)*f) + 5*z.b*h)
     solve = f*h*(4 + max(2*acc, acc+8))
-    return Stage('slim: fit', n*token + z.moe*(f**3/3 + 2*f*f*h), n*moved, 12*n*h, 4*held_weights(z, 'slim') + f*f*acc + max(add, solve), 12*z.b*h)
+    return Stage('slim: fit', n*token + z.moe*(f**3/3 + 2*f*f*h), n*moved, 12*n*h, 4*held_weights(z, 'slim') + f*f*acc + max(add, solve), transfer(z, 3))
 
 # %% ../nbs/08_planning.ipynb #39763219
 def distill_stage(
@@ -343,7 +350,7 @@ def distill_stage(
     flops = 2*n*h + 14*k*w*h + 14*s*h + (0 if kind=='mean' else 4*k*h)
     moved = tokens*(3*block_cost(z, kind)[1] + 20*h) + 14*z.moe*z.steps*weights
     held = 2048*(k*(4*h + 9*w) + 8*h + 8*s)
-    return Stage(f'{kind}: distil', tokens*flops, 4*moved, 10*tokens*h, 4*(held_weights(z, kind) + 4*weights + held), 3*2048*4*h)
+    return Stage(f'{kind}: distil', tokens*flops, 4*moved, 10*tokens*h, 4*(held_weights(z, kind) + 4*weights + held), transfer(z, 3))
 
 # %% ../nbs/08_planning.ipynb #62a40b77
 def write_stage(
@@ -422,9 +429,10 @@ MMAP_FROM = 2**25  # bytes of a block from which on glibc gives it back to the s
 LIBRARIES = dict(cpu=8*10**8, card=25*10**8, vram=5*10**8)  # bytes: resident without and with CUDA, and CUDA's context on the card
 
 def read_source(
-    src, # folder, config.json, hub id, or `demo`
-): # (name, config, bytes as `source_bytes`, whether the weights are on this machine)
+    src, # folder, config.json or its contents, hub id, or `demo`
+): # (config, bytes as from `source_bytes`, whether the weights are on this machine)
     "A config, and what headers add to it."
+    if isinstance(src, dict): check_plannable(src); return src, source_bytes(src), False
     if str(src)!='demo' and Path(src).is_file() or Path(src).is_dir() and not list(Path(src).glob('*.safetensors')):
         c = read_json(Path(src)/'config.json' if Path(src).is_dir() else src); check_plannable(c)
         return c, source_bytes(c), False
@@ -472,12 +480,12 @@ def advice(
     def need(changes):
         try: return peak(resource, needs(run_sizes(c, **recipe|changes), disk, local))
         except BadInput: return math.inf                                       # e.g. fewer than 8 neurons an expert
-    tried = [[(typed, need(ch), ch) for typed,ch in knob] for knob in knobs(recipe)]
-    good = [next((f'{typed} needs {gb(n)}' for typed,n,_ in knob if n<=limit), None) for knob in tried]
+    now, tried = need({}), [[(need(ch), typed, ch) for typed,ch in knob] for knob in knobs(recipe)]
+    good = [next((f'{typed} needs {gb(n)}' for n,typed,_ in knob if n<=limit), None) for knob in tried]
     if any(good): return ' or '.join(g for g in good if g)
-    last = {k:v for knob in tried for _,_,ch in [min(knob, key=lambda t: t[1], default=(0,0,{}))] for k,v in ch.items()}
-    least, used = need(last), ' '.join(min(knob, key=lambda t: t[1])[0] for knob in tried if knob)
-    return f'no single setting helps; {used} together need {gb(least)}'
+    best = [t for t in (min(knob, key=lambda t: t[0]) for knob in tried if knob) if t[0]<now]  # what brings it down at all
+    if not best: return 'no setting helps'
+    return f"no single setting helps; {' '.join(t for _,t,_ in best)} together need {gb(need({k:v for *_,ch in best for k,v in ch.items()}))}"
 
 # %% ../nbs/08_planning.ipynb #7164f8b4
 WORDS = dict(vram='VRAM', ram='RAM', disk='disk')
@@ -507,7 +515,7 @@ def plan(
     **recipe,                            # keep, method, tokens, eval_tokens, shared_share, distill_steps, baselines, dtype: as in `compress`
 ) -> Plan:
     "What a run will need, and whether it fits."
-    c, files, local = (src, source_bytes(src), False) if isinstance(src, dict) and not check_plannable(src) else read_source(src)
+    c, files, local = read_source(src)
     recipe = dict(card=vram is not None, keep=.25, method='slim', tokens=262144, eval_tokens=65536, shared_share=0., distill_steps=0, baselines=('reap', 'mean'), dtype='bfloat16') | recipe
     z = run_sizes(c, **recipe)
     rates, need = ASSUMED['card' if z.card else 'cpu'] | (rates or {}), needs(z, files, local)

@@ -146,3 +146,8 @@ def test_measured_rates(tmp_path, capfd, monkeypatch):
     assert p['rates']['by']=='measured' and all(0<p['rates'][k]<1e18 for k in ('flops', 'memory', 'disk')) and list(tmp_path.iterdir())==[]
     s = p['stages'][2]
     assert s['seconds'] >= s['flops']/p['rates']['flops']
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU to measure')
+def test_a_gpu_that_is_not_here_is_not_measured(capfd):
+    assert main(['plan', 'demo', '--vram', '24GB', '--measure'])==2
+    assert 'no GPU here' in capfd.readouterr().err
