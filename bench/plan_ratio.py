@@ -2,7 +2,7 @@
 
     python bench/plan_ratio.py                     # the embedded teacher, 65,536 calibration tokens
     python bench/plan_ratio.py FOLDER --card       # a checkpoint, on a GPU
-    python bench/plan_ratio.py --exact             # freed memory goes back to the system at once: slower, but each stage's peak is its own
+    python bench/plan_ratio.py --exact             # freed memory goes back to the system at once: each stage's peak is its own, seconds mean nothing
 
 Two runs, each in a process of its own. The first gives the peak of every stage (Linux: the kernel's high-water mark, reset at each stage; on a GPU also torch's), the bytes of
 OUT.partial and the seconds; from resident memory is subtracted what the process held after a small run and after its text was read: libraries, mostly. The second counts operations with
@@ -74,7 +74,7 @@ def run(kind, folder):
         with FlopCounterMode(display=False, custom_mapping={cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v)}) as counter:
             report = pipeline.compress(a.source, out, distill_steps=2, **kw).report
     written = sum(f.stat().st_size for f in out.glob('*.safetensors'))
-    print(json.dumps(dict(seen=seen, report=report, rates=rates, written=written)))
+    print(json.dumps(dict(seen=seen, threads=torch.get_num_threads(), report=report, rates=rates, written=written)))
 
 def child(kind):
     with tempfile.TemporaryDirectory() as d:
@@ -90,7 +90,7 @@ def memory(c, disk):
     "Peaks, files and seconds."
     m = child('memory'); r = m['report']
     z = run_sizes(c, **sizes_of(r)); parts = {s.name: s for s in stages(z, disk)}
-    print(f"{r['source']['name']} on {r['device']}, {z.cal:,} + {z.held:,} tokens; resident before the first layer: {gb(m['seen']['rss'])}\n")
+    print(f"{r['source']['name']} on {r['device']}, CPU threads: {m['threads']}; {z.cal:,} + {z.held:,} tokens; resident before the first layer: {gb(m['seen']['rss'])}\n")
     need = needs(z, disk, True)
     def of(what, n): return parts[n].device if what=='VRAM' else parts[n].host + (0 if z.card else parts[n].device)      # what is derived, without libraries
     mem = [('VRAM', m['seen']['vram'], LIBRARIES['vram'])]*z.card + [('RAM', m['seen']['ram'], LIBRARIES['card' if z.card else 'cpu'])]
@@ -102,6 +102,7 @@ def memory(c, disk):
     files = [('states and student at once', state_bytes(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
     ratios += [planned/measured for _,planned,measured in files]
     print(aligned(['disk', 'planned', 'measured', 'ratio'], [row(*f, gb) for f in files]), '\n')
+    if a.exact: return all(.8<=x<=1.3 for x in ratios)                                   # the seconds are malloc's
     planned = {n: stage_seconds(parts[n], m['rates']) for n in seconds}
     cpu = m['seen']['cpu']
     rows = [row(n, planned[n], s, duration)+[duration(cpu[n])] for n,s in seconds.items()]
