@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['AWQ_ORDER', 'DTYPES', 'dequantize_fp8_torch', 'dequantize_fp8', 'quantize_fp8', 'awq_shifts', 'unpack_awq',
-           'pack_awq', 'dequantize_awq_torch', 'dequantize_awq', 'quantize_awq', 'empty_model', 'expert_names',
-           'load_experts', 'load_module', 'free']
+           'pack_awq', 'dequantize_awq_torch', 'dequantize_awq', 'quantize_awq', 'Staging', 'empty_model',
+           'expert_names', 'load_experts', 'load_module', 'free']
 
 # %% ../nbs/00_awq_loading.ipynb #6110ced8
-import functools, mmap
+import functools, mmap, os
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numba, numpy as np, torch
 from fastcore.basics import patch
@@ -17,6 +19,9 @@ from torch.nn import functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from .headers import *
+
+try: import triton, triton.language as tl                                      # comes with torch's CUDA builds
+except ImportError: triton = None
 
 # %% ../nbs/00_awq_loading.ipynb #0afd0a47
 def dequantize_fp8_torch(
@@ -41,9 +46,19 @@ def _fp8_rows(q, scale, bo, bi, number, out):
 @functools.cache
 def _fp8_numbers(dtype): return torch.arange(256).to(torch.uint8).view(dtype).float().numpy()  # what each byte stands for
 
-@functools.cache
-def _compiled(f): return torch.compile(f, dynamic=False)
-def _big_on_gpu(t): return t.is_cuda and t.nbytes >= 2**20                                    # below, compiling costs more than it saves
+# %% ../nbs/00_awq_loading.ipynb #120a163d
+if triton:
+    @triton.jit
+    def _fp8_strip(q, scale, out, n_out, n_in, n_blocks, BO: tl.constexpr, BI: tl.constexpr, ROWS: tl.constexpr):
+        r, c = tl.program_id(0)*ROWS + tl.arange(0, ROWS), tl.program_id(1)*BI + tl.arange(0, BI)
+        s = tl.load(scale + tl.program_id(0)*ROWS//BO*n_blocks + tl.program_id(1))
+        ok, at = (r[:,None]<n_out) & (c[None,:]<n_in), r[:,None].to(tl.int64)*n_in + c[None,:]
+        u = tl.load(q+at, ok, other=0).to(tl.int32)
+        e, m = (u>>3)&15, u&7
+        power = ((tl.maximum(e, 1)+117)<<23).to(tl.float32, bitcast=True)      # 2^(e-10)
+        w = (m + tl.where(e>0, 8, 0)).to(tl.float32)*power
+        w = tl.where((u&127)==127, float('nan'), tl.where(u>127, -w, w))
+        tl.store(out+at, (w*s).to(out.dtype.element_ty), ok)
 
 # %% ../nbs/00_awq_loading.ipynb #0ca56747
 def dequantize_fp8(
@@ -55,7 +70,11 @@ def dequantize_fp8(
     "Undo block-scaled FP8 (DeepSeek-V3 report, section 3.3)."
     (o, i), (bo, bi) = q.shape, block
     if scale.shape != (-(-o//bo), -(-i//bi)): raise ValueError(f'scales {list(scale.shape)} do not fit a weight {[o, i]} in blocks {list(block)}')
-    if q.device.type!='cpu': return (_compiled(dequantize_fp8_torch) if _big_on_gpu(q) else dequantize_fp8_torch)(q, scale, tuple(block), dtype)
+    if triton and q.is_cuda and q.dtype==torch.float8_e4m3fn and bi in (16,32,64,128,256) and bo%16==0:
+        out, rows = torch.empty(o, i, dtype=dtype, device=q.device), next(r for r in (64,32,16) if bo%r==0)
+        _fp8_strip[(triton.cdiv(o, rows), scale.shape[1])](q.contiguous().view(torch.uint8), scale.float().contiguous(), out, o, i, scale.shape[1], bo, bi, rows)
+        return out
+    if q.device.type!='cpu': return dequantize_fp8_torch(q, scale, block, dtype)
     out = torch.empty(o, i)
     _fp8_rows(q.contiguous().view(torch.uint8).numpy(), scale.float().numpy(), bo, bi, _fp8_numbers(q.dtype), out.numpy())
     return out.to(dtype)
@@ -130,6 +149,19 @@ def _awq_columns(qweight, qzeros, scales, out):
                         word, row = tile[c,b:b+m], out[col,a+b:a+b+m]          # slices, so that the loop becomes vector instructions
                         for t in range(m): row[t] = np.float32(((word[t]>>shift)&np.int32(15)) - z)*s
 
+# %% ../nbs/00_awq_loading.ipynb #8bd43fb5
+if triton:
+    @triton.jit
+    def _awq_tile(qweight, qzeros, scales, out, n_in, n_words, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
+        group, r = tl.program_id(0)*ROWS//GROUP, tl.program_id(0)*ROWS + tl.arange(0, ROWS)
+        c = tl.program_id(1)*WORDS*8 + tl.arange(0, WORDS*8)
+        word, shift = c//8, c%8//2*4 + c%2*16
+        ok = word<n_words
+        z = (tl.load(qzeros + group*n_words + word, ok) >> shift) & 15
+        s = tl.load(scales + group*n_words*8 + c, ok).to(tl.float32)
+        q = (tl.load(qweight + r[:,None]*n_words + word[None,:], ok[None,:]) >> shift[None,:]) & 15
+        tl.store(out + c[None,:].to(tl.int64)*n_in + r[:,None], ((q-z[None,:]).to(tl.float32)*s[None,:]).to(out.dtype.element_ty), ok[None,:])
+
 # %% ../nbs/00_awq_loading.ipynb #bdb52e2f
 def dequantize_awq(
     qweight:torch.Tensor, # [in, out/8] int32
@@ -141,9 +173,12 @@ def dequantize_awq(
     i, groups = qweight.shape[0], scales.shape[0]
     if i%groups or qzeros.shape!=(groups, qweight.shape[1]) or scales.shape[1]!=qweight.shape[1]*8:
         raise ValueError(f'AWQ shapes do not fit: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)}')
-    if qweight.device.type!='cpu': return (_compiled(dequantize_awq_torch) if _big_on_gpu(qweight) else dequantize_awq_torch)(qweight, qzeros, scales, dtype)
-    g, tile = i//groups, 256
-    if tile%g and g%tile: return dequantize_awq_torch(qweight, qzeros, scales, dtype)   # a group size that no tile holds whole
+    g, words = i//groups, qweight.shape[1]
+    if triton and qweight.is_cuda and g%32==0:
+        out, rows = torch.empty(words*8, i, dtype=dtype, device=qweight.device), 64 if g%64==0 else 32
+        _awq_tile[(i//rows, triton.cdiv(words, 8))](qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), out, i, words, g, rows, 8)
+        return out
+    if qweight.device.type!='cpu' or (256%g and g%256): return dequantize_awq_torch(qweight, qzeros, scales, dtype)   # also for a group size that no tile holds whole
     out = torch.empty(qweight.shape[1]*8, i)
     _awq_columns(qweight.numpy(), qzeros.numpy(), scales.numpy().astype(np.float32), out.numpy())
     return out.to(dtype)
@@ -184,6 +219,45 @@ def release(self:Checkpoint):
     "Give back the memory of what was read; the shards stay open and mapped."
     for m in self._open.values(): m.madvise(mmap.MADV_DONTNEED)
 
+# %% ../nbs/00_awq_loading.ipynb #73a740d8
+class Staging:
+    "Pinned memory between files and a GPU: a ring of slots that threads fill and the copy engine empties."
+    def __init__(self, slots=8, slot_bytes=2**23):
+        self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(slots)]
+        self.done, self.pool, self.slot_bytes, self.turn = [torch.cuda.Event() for _ in range(slots)], ThreadPoolExecutor(4), slot_bytes, 0
+    def fill(self, k, fd, a, n):
+        self.done[k].synchronize()                                             # the copy that last used this slot
+        buf = memoryview(self.slots[k].numpy())[:n]
+        while len(buf) and (got := os.preadv(fd, [buf], a)): buf, a = buf[got:], a+got
+        if len(buf): raise OSError(f'the file ends {len(buf)} bytes early')
+    def empty(self, job, k, out):
+        job.result(); out.copy_(self.slots[k][:len(out)], non_blocking=True); self.done[k].record()
+    def send(self,
+        runs, # (file descriptor, first byte, uint8 tensor on the GPU to fill), ...
+    ):
+        jobs = deque()
+        for fd,a,out in runs:
+            for at,piece in enumerate(out.split(self.slot_bytes)):
+                if len(jobs)==len(self.slots): self.empty(*jobs.popleft())
+                k, self.turn = self.turn, (self.turn+1)%len(self.slots)
+                jobs.append((self.pool.submit(self.fill, k, fd, a+at*self.slot_bytes, len(piece)), k, piece))
+        while jobs: self.empty(*jobs.popleft())
+
+_staging = functools.cache(Staging)
+
+# %% ../nbs/00_awq_loading.ipynb #0942f1ae
+@patch
+def fetch(self:Checkpoint,
+    names:list,   # tensors
+    device='cpu', # where to
+) -> list: # the tensors, unconverted; on the CPU still mapped, on a GPU in memory of their own
+    "Several tensors on a device."
+    if torch.device(device).type!='cuda': return [self.stored(k).to(device) for k in names]
+    raw = {k: torch.empty(self[k].end-self[k].start, dtype=torch.uint8, device=device) for k in names}
+    for shard in {self[k].shard for k in names}:
+        with open(self.folder/shard, 'rb') as f: _staging().send((f.fileno(), self[k].start, raw[k]) for k in names if self[k].shard==shard)
+    return [v.view(DTYPES[self[k].dtype]).view(self[k].shape) for k,v in raw.items()]
+
 # %% ../nbs/00_awq_loading.ipynb #a7173da1
 @patch
 def parts(self:Checkpoint,
@@ -210,7 +284,7 @@ def unpack(self:Checkpoint,
         else: w = parts[0]
     except ValueError as e: raise BadInput(f'{self.folder}: {name}: {e}') from None
     if w.dtype in (torch.float8_e4m3fn, torch.float8_e5m2): raise BadInput(f'{self.folder/self[name].shard}: {name} is FP8 without its scales')
-    if check and w.numel() and not all(v.isfinite() for v in torch.aminmax(w)): raise BadInput(f'{self.folder}: {name} holds NaN or Inf')   # aminmax: one pass, and NaN shows in both
+    if check and w.numel() and not torch.stack(torch.aminmax(w)).isfinite().all(): raise BadInput(f'{self.folder}: {name} holds NaN or Inf')   # aminmax: one pass, and NaN shows in both
     return w.to(dtype)
 
 # %% ../nbs/00_awq_loading.ipynb #28541f92
@@ -221,7 +295,7 @@ def weight(self:Checkpoint,
     device='cpu',        # the packed bytes go there first and are unpacked there
 ) -> torch.Tensor: # [out, in] for a matrix
     "One weight in floats, in memory of its own; `BadInput` if it is missing or not finite."
-    parts = [self.stored(k).to(device) for k in self.parts(name)]
+    parts = self.fetch(self.parts(name), device)
     w = self.unpack(name, parts, dtype)
     return w.clone() if w is parts[0] and w.device.type=='cpu' else w          # one mapped tensor that stays would keep its whole shard in memory
 
@@ -258,7 +332,7 @@ def load_experts(
     for e,names in enumerate(expert_names(ck, prefix, n)):
         for k,ws in names.items():
             for name,dest in zip(ws, out[k][e].chunk(len(ws))):
-                w = ck.unpack(name, [ck.stored(p).to(device) for p in ck.parts(name)], dtype)
+                w = ck.unpack(name, ck.fetch(ck.parts(name), device), dtype)
                 if w.shape != dest.shape: raise BadInput(f'{ck.folder}: {name} is {list(w.shape)}, the config says {list(dest.shape)}')
                 dest.copy_(w)
     return out['gate_up_proj'], out['down_proj']

@@ -69,16 +69,19 @@ class PackedExperts(nn.Module):
         super().__init__()
         self.ck, self.names, self.shape, self.dtype, self.device = ck, names, torch.Size(shape), dtype, torch.device(device)
         self.checked, self.rounded = set(), dtype                              # experts seen to be finite; what floats are rounded to before they become `dtype`
-        for k in (p for ns in names for n in ns for p in ck.parts(n)):
-            e = ck[k]                                                          # a missing tensor is named now, not in the middle of a pass
-            if resident: self.register_buffer(k.replace('.', '/'), ck.stored(k).to(device, copy=True), persistent=False)
-    def part(self, k): return self._buffers.get(k.replace('.', '/')) if self._buffers else self.ck.stored(k).to(self.device)
+        keys = [p for ns in names for n in ns for p in ck.parts(n)]
+        for k in keys: ck[k]                                                   # a missing tensor is named now, not in the middle of a pass
+        if resident:
+            for k,t in zip(keys, ck.fetch(keys, device)): self.register_buffer(k.replace('.', '/'), t if t.is_cuda else t.clone(), persistent=False)
+    def parts(self, name):
+        keys = self.ck.parts(name)
+        return [self._buffers[k.replace('.', '/')] for k in keys] if self._buffers else self.ck.fetch(keys, self.device)
     def __len__(self): return len(self.names)
     def __getitem__(self, e):
         if isinstance(e, torch.Tensor) and e.ndim: return torch.stack([self[i] for i in e.tolist()])
-        e = int(e); ns, seen = self.names[e], e in self.checked
-        w = torch.cat([self.ck.unpack(n, [self.part(k) for k in self.ck.parts(n)], self.rounded, check=not seen) for n in ns]).to(self.dtype)
-        if w.shape!=self.shape[1:]: raise BadInput(f'{self.ck.folder}: {ns[0]} is {list(w.shape)}, the config says {list(self.shape[1:])}')
+        e = int(e); names, check = self.names[e], e not in self.checked
+        w = torch.cat([self.ck.unpack(n, self.parts(n), self.rounded, check) for n in names]).to(self.dtype)
+        if w.shape!=self.shape[1:]: raise BadInput(f'{self.ck.folder}: {names[0]} and what stands with it are {list(w.shape)}, the config says {list(self.shape[1:])}')
         self.checked.add(e)
         return w
     def unbind(self): return (self[e] for e in range(len(self)))               # one at a time
