@@ -114,7 +114,8 @@ class FP8Linear(PackedLinear):
         cache=False,                   # keep the unpacked weight after its first use
         fp8_input=False,               # round inputs to FP8 as well, see below
     ):
-        if weight.dtype!=torch.float8_e4m3fn or weight.dim()!=2: raise ValueError(f'weight is {weight.dtype} {list(weight.shape)}, expected torch.float8_e4m3fn [out, in]')
+        if weight.dtype!=torch.float8_e4m3fn or weight.dim()!=2:
+            raise ValueError(f'weight is {weight.dtype} {list(weight.shape)}, expected torch.float8_e4m3fn [out, in]')
         if min(block)<1: raise ValueError(f'block {list(block)}: both sides must be at least 1')
         dequantize_fp8(weight.to('meta'), weight_scale_inv.to('meta'), block)  # refuses shapes that do not fit, computes nothing
         super().__init__(*weight.shape, dict(weight=weight, weight_scale_inv=weight_scale_inv), bias, cache)
@@ -183,6 +184,7 @@ def packed_linear(
     if not all(rows.isfinite().all() for _,rows in row_blocks(layer)): raise BadInput(f'{ck.folder}: {name} holds NaN or Inf')
     return layer
 
+# %% ../nbs/00_quantized_linear.ipynb #aa38a75f
 def replace_linears(
     ck:Checkpoint,    # where from
     module:nn.Module, # e.g. a decoder layer of `load_module`, changed in place
@@ -243,7 +245,7 @@ def forward(self:DoRALinear, x):
     a, b, bias = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype), self.base.bias
     y = FrozenProduct.apply(x, self.base, None) if isinstance(self.base, PackedLinear) else F.linear(x, self.base.weight.to(x.dtype))
     y = y + self.scale*F.linear(F.linear(x, a), b)
-    y = (y * (self.magnitude/self.norm())).to(x.dtype)                         # the ratio stays float32: near 1, bfloat16 has steps of 2^-8
+    y = (y * (self.magnitude/self.norm())).to(x.dtype)                         # the ratio stays float32: bfloat16 has steps of 2^-7 there
     return y if bias is None else y + bias.to(x.dtype)
 
 # %% ../nbs/00_quantized_linear.ipynb #dd07a292
