@@ -416,7 +416,8 @@ def execute(
     for s in streams.values(): s.close()
     before, after = inspect(source), inspect(writer.close(student_config(source.config, run['block'], recipe['dtype']), source.folder))
     report = dict(source=dict(name=name, **before), student=after, recipe=recipe, kinds=kinds, sizes=kind_sizes(before, after, recipe, kinds),
-                  calibration=dict(tokens=cal.count(), sha256=cal.sha256), held_out=dict(tokens=held.count(), sha256=held.sha256),
+                  calibration=dict(tokens=cal.count(), sha256=cal.sha256, **cal.report),
+                  held_out=dict(tokens=held.count(), sha256=held.sha256, **held.report, also_in_calibration=held.shared(cal)),
                   fvu=run['fvu'], evaluation=results, seconds=run['seconds'], **peak_memory(), device=torch.cuda.get_device_name() if device=='cuda' else platform.processor() or platform.machine(),
                   versions=dict(moe_fuse=__version__, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
                   date=time.strftime('%Y-%m-%d'))
@@ -431,9 +432,9 @@ def compress(
     src, out,               # teacher (folder, hub id or `demo`); folder to write
     keep=.25,               # share of the routed experts' weights that stays
     method='slim',          # one of `METHODS`
-    calibration='demo',     # `demo` or jsonl files divided by commas
+    calibration='demo',     # a mixture of sources, as `read_docs` takes it (01_sources)
     tokens=262144,          # calibration tokens, shared out over the domains
-    eval_data=None,         # held-out text; None takes `demo`
+    eval_data=None,         # held-out text, a mixture too; None takes `demo`
     eval_tokens=65536,      # at most
     shared_share=0.,        # share of the budget that becomes always-on neurons
     drift=.5,               # share of the distance to the teacher's stream that a layer is asked to make up for
@@ -450,8 +451,9 @@ def compress(
                   baselines=list(baselines), dtype=dtype, seed=seed)
     kinds = check_recipe(source, recipe)
     tok = load_tokenizer(source.folder)
-    cal = sample_tokens(read_docs(calibration), tok, tokens, seed=seed)
-    held = sample_tokens(read_docs(eval_data or 'demo', 'valid'), tok, eval_tokens)   # the same text for every seed
+    longest = min(512, source.config.get('max_position_embeddings') or 512)
+    cal = sample_tokens(read_docs(calibration, seed=seed), tok, tokens, longest, seed)
+    held = sample_tokens(read_docs(eval_data or 'demo', 'valid'), tok, eval_tokens, longest)   # the same text for every seed
     for t in cal, held:
         if t.ids.max() >= source.config['vocab_size']: raise BadInput(f'token {int(t.ids.max())} is outside the vocabulary of {source.config["vocab_size"]}')
     recipe |= dict(source=source_hash(source), text=calibration, eval_text=eval_data or 'demo', calibration=cal.sha256, held_out=held.sha256)
