@@ -104,6 +104,7 @@ def finished(
         done.append(LayerStats.__new__(LayerStats)); vars(done[-1]).update(found)
     return done
 
+# %% ../nbs/02_calibration_pass.ipynb #3be59a6d
 def layer_statistics(
     ck:Checkpoint,    # any supported checkpoint
     tokens:TokenSet,  # all of them, also where only a part is done

@@ -152,6 +152,7 @@ def read_docs(
     docs = []
     for part in str(data).split(','):
         src, count = re.fullmatch(r'\s*(.*?)(?::(\d+))?\s*', part, re.S).groups()
+        if not src: raise BadInput(f'{data}: a source is missing before or behind a comma')
         count, s = None if count is None else int(count), hub_set(src)
         if s: docs += read_hub(s, src, split, count, seed); continue
         found = [x | dict(origin='demo', where=f"demo: {x['module']}") for x in stdlib_docs(split)] if src=='demo' else read_file(src)
