@@ -130,12 +130,13 @@ class States:
         else: self.fd = os.open(path, os.O_RDWR|os.O_CREAT); os.ftruncate(self.fd, n_tokens*self.row_bytes)
     def read(self, a, b, device='cpu') -> torch.Tensor: # [b-a, hidden] float32
         if self.path is None: return decode_states(self.data[a:b].to(device), self.dtype)
-        buf = bytearray((b-a)*self.row_bytes)
-        got = os.preadv(self.fd, [buf], a*self.row_bytes)
-        if got!=len(buf): raise OSError(f'{self.path}: read {got} of {len(buf)} bytes')
-        return decode_states(torch.frombuffer(buf, dtype=torch.uint8).view(b-a, -1).to(device), self.dtype)
+        rows = torch.empty(b-a, self.row_bytes, dtype=torch.uint8, pin_memory=torch.device(device).type=='cuda')   # the GPU takes pinned memory several times as fast
+        got = os.preadv(self.fd, [memoryview(rows.numpy()).cast('B')], a*self.row_bytes)
+        if got!=rows.nbytes: raise OSError(f'{self.path}: read {got} of {rows.nbytes} bytes')
+        return decode_states(rows.to(device), self.dtype)
     def write(self, a, x):
-        rows = encode_states(x.detach(), self.dtype).cpu()
+        rows = encode_states(x.detach(), self.dtype)
+        if rows.is_cuda: rows = torch.empty(rows.shape, dtype=torch.uint8, pin_memory=True).copy_(rows)
         if self.path is None: self.data[a:a+len(x)] = rows; return
         buf = memoryview(rows.numpy()).cast('B'); at = a*self.row_bytes
         while len(buf): n = os.pwrite(self.fd, buf, at); buf, at = buf[n:], at+n
