@@ -99,7 +99,7 @@ def memory(c, disk):
         rows = [row(n, of(what, n), b, gb) for n,b in seen.items() if n in parts]
         peaks = max(of(what, n) for n in parts) if a.exact else peak(what.lower(), need)-base, max(seen.values()); ratios.append(peaks[0]/peaks[1])
         print(aligned([what, 'planned', 'measured', 'ratio'], [*rows, row('peak', *peaks, gb)]), '\n')
-    files = [('states and student at once', state_bytes(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
+    files = [('states and student at once', states_on_disk(z)+z.item*student_weights(z), m['seen']['disk']), ('safetensors written', z.item*student_weights(z), m['written'])]
     ratios += [planned/measured for _,planned,measured in files]
     print(aligned(['disk', 'planned', 'measured', 'ratio'], [row(*f, gb) for f in files]), '\n')
     if a.exact: return all(.8<=x<=1.3 for x in ratios)                                   # the seconds are malloc's

@@ -22,6 +22,7 @@ def add_plan(c): # the parser of `plan`
     c.add_argument('--tokens', default='262144', help='calibration tokens, e.g. 65536 or 2M'); c.add_argument('--eval-tokens', default='65536', help='held-out tokens')
     c.add_argument('--shared-share', type=float, default=0., help='of the budget, for always-on neurons'); c.add_argument('--distill-steps', type=int, default=0, help='a layer')
     c.add_argument('--baselines', default='reap,mean', help='none for none'); c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
+    c.add_argument('--states', default='float32', help='what hidden states wait on disk in')
     c.add_argument('--device-tflops', type=float, default=argparse.SUPPRESS, help='speed of products in float32, 10^12 operations a second; assumed if left out')
     c.add_argument('--bandwidth', type=float, default=argparse.SUPPRESS, help='speed of the device\'s memory, GB/s; assumed if left out')
     c.add_argument('--measure', action='store_true', help='time this machine instead of assuming its speed')
@@ -39,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo'); c.add_argument('out', metavar='OUT', help='folder to make')
     c.add_argument('--keep', type=float, default=.25, help='share of the routed experts\' weights that stays, in (0, 1]')
     c.add_argument('--method', default='slim', help='slim (narrower experts, stock architecture) or reap (fewer experts)')
-    c.add_argument('--calibration', default='demo', metavar='FILES', help='demo, or FILE.jsonl[,FILE...]')
+    c.add_argument('--calibration', default='demo', metavar='TEXT', help='demo, files, hub sets; divided by commas, :N draws N documents, e.g. ultrachat:4096,mine.jsonl')
     c.add_argument('--tokens', type=int, default=262144, help='calibration tokens')
-    c.add_argument('--eval', default='demo', metavar='FILES', dest='eval_data', help='held-out text: demo (fits the demo teacher only), or FILE.jsonl[,FILE...]')
+    c.add_argument('--eval', default='demo', metavar='TEXT', dest='eval_data', help='held-out text, written the same way; demo fits the demo teacher only')
     c.add_argument('--eval-tokens', type=int, default=65536, help='held-out tokens, at most')
     c.add_argument('--shared-share', type=float, default=0., help='share of the budget that becomes always-on neurons')
     c.add_argument('--distill-steps', type=int, default=0, help='steps of Adam a layer after the closed form')
@@ -49,11 +50,12 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--drift', type=float, default=.5, help='share of the distance to the teacher\'s stream that a layer is asked to make up for')
     c.add_argument('--baselines', default='reap,mean', help='measured beside the student at the same bytes; none for none')
     c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
+    c.add_argument('--states', default='float32', help='what hidden states wait on disk in: float32, bfloat16 (half the disk) or float8 (a quarter)')
     c.add_argument('--seed', type=int, default=0, help='of sampling and training'); c.add_argument('--device', default='auto', help='auto, cpu or cuda')
     c.add_argument('--resume', action='store_true', help='go on with an interrupted run')
     c = command('eval', 'compare STUDENT with TEACHER on held-out text')
     c.add_argument('student', metavar='STUDENT'); c.add_argument('--against', required=True, metavar='TEACHER', help='folder, hub id, or demo')
-    c.add_argument('--data', default='demo', metavar='FILES', help='demo, or FILE.jsonl[,FILE...]'); c.add_argument('--tokens', type=int, default=65536, help='at most')
+    c.add_argument('--data', default='demo', metavar='TEXT', help='demo, files, hub sets, as --calibration of run'); c.add_argument('--tokens', type=int, default=65536, help='at most')
     c.add_argument('--device', default='auto', help='auto, cpu or cuda')
     c = command('inspect', 'architecture, layers, formats, exact parameters and bytes of SRC, from headers alone')
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo')
@@ -78,7 +80,7 @@ def plan_command(
 ) -> str: # what goes to stdout
     "Plan a run."
     from moe_fuse.planning import measure_machine, parse_bytes, parse_count, plan, read_source, run_sizes
-    recipe = {k: getattr(a, k) for k in ('keep', 'method', 'shared_share', 'distill_steps', 'dtype')}
+    recipe = {k: getattr(a, k) for k in ('keep', 'method', 'shared_share', 'distill_steps', 'dtype', 'states')}
     recipe |= dict(tokens=parse_count(a.tokens), eval_tokens=parse_count(a.eval_tokens), baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')])
     memory = {k: parse_bytes(vars(a)[k]) for k in ('vram', 'ram', 'disk') if k in a}
     given = {k: vars(a)[f]*n for k,f,n in (('flops', 'device_tflops', 1e12), ('memory', 'bandwidth', 1e9)) if f in a}

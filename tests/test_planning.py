@@ -47,13 +47,13 @@ def test_bytes_and_parameters_are_those_of_a_written_checkpoint(base, how, tmp_p
     assert source_bytes(config)['total']==ck.nbytes
 
 @few
-@given(st.integers(2048, 3000), st.integers(2048, 2500), st.sampled_from([(), ('reap',), ('reap', 'mean')]))
-def test_state_files(tmp_path_factory, tokens, held, baselines):
+@given(st.integers(2048, 3000), st.integers(2048, 2500), st.sampled_from([(), ('reap',), ('reap', 'mean')]), st.sampled_from(list(calibration.STATE_DTYPES)))
+def test_state_files(tmp_path_factory, tokens, held, baselines, states):
     "The files that `run_layers` opens: two a stream, and y"
-    z = run_sizes(V3, tokens=tokens, eval_tokens=held, baselines=baselines)
+    z = run_sizes(V3, tokens=tokens, eval_tokens=held, baselines=baselines, states=states)
     folder = tmp_path_factory.mktemp('states')
-    for i in range(2*(len(z.kinds)+1)+1): calibration.States(tokens+held, V3['hidden_size'], folder/str(i)).close()
-    assert state_bytes(z)==sum(f.stat().st_size for f in folder.iterdir())
+    for i in range(2*(len(z.kinds)+1)+1): calibration.States(tokens+held, V3['hidden_size'], folder/str(i), calibration.STATE_DTYPES[states]).close()
+    assert states_on_disk(z)==sum(f.stat().st_size for f in folder.iterdir())
 
 @few
 @given(configs(), st.sampled_from([1., .5, .25]), st.sampled_from([0., .25]))
@@ -103,7 +103,7 @@ def test_verdict_says_what_is_missing_and_what_helps(tmp_path, capfd):
     "The setting that it names does make it fit"
     small = '600MB'
     out = planned(capfd, 'demo', '--disk', small, '--tokens', '128k')
-    assert out.startswith('does not fit: states, student need 1.3 GB of disk, 600 MB are there; --tokens ')
+    assert out.startswith('does not fit: states, student need 1.3 GB of disk, 600 MB are there; --states float8 needs ')
     typed = out.split('are there; ')[1].split(' needs')[0].split()
     assert planned(capfd, 'demo', '--disk', small, '--tokens', '128k', *typed).startswith('fits: ')
     assert planned(capfd, 'demo', '--vram', '24GB').startswith('fits: ')
@@ -112,7 +112,7 @@ def test_verdict_says_what_is_missing_and_what_helps(tmp_path, capfd):
 
 @pytest.mark.parametrize('argv,say', [(('--vram', '24'), "'24'"), (('--ram', '8gb'), "'8gb'"), (('--disk=-1GB',), "'-1GB'"), (('--tokens', '2MB'), "'2MB'"), (('--tokens', '100'), 'tokens is 100, at least 2048'),
     (('--eval-tokens', '5'), 'eval_tokens is 5'), (('--keep', '0'), 'keep is 0'), (('--keep', '1.5'), 'keep is 1.5'), (('--keep', 'nan'), 'keep is nan'), (('--keep', '.01'), 'less than 8 neurons'), (('--method', 'magic'), "'magic'"),
-    (('--baselines', 'nope'), "'nope'"), (('--dtype', 'int8'), "'int8'"), (('--distill-steps', '-1'), 'distill_steps is -1'), (('--device-tflops', '0'), '--device-tflops'), (('--bandwidth', 'nan'), '--bandwidth')], ids=lambda v: ' '.join(v) if isinstance(v, tuple) else '')
+    (('--baselines', 'nope'), "'nope'"), (('--dtype', 'int8'), "'int8'"), (('--states', 'int8'), "'int8'"), (('--distill-steps', '-1'), 'distill_steps is -1'), (('--device-tflops', '0'), '--device-tflops'), (('--bandwidth', 'nan'), '--bandwidth')], ids=lambda v: ' '.join(v) if isinstance(v, tuple) else '')
 def test_what_can_not_be_is_named(argv, say, capfd):
     assert main(['plan', 'demo', *argv])==2
     out, err = capfd.readouterr()
