@@ -135,7 +135,8 @@ def empty_model(
 ): # a `transformers` causal language model without weights, in eval mode
     "Build the model on the meta device."
     check_supported(ck.config)
-    config = CONFIG_MAPPING[ck.config['model_type']].from_dict({k:v for k,v in ck.config.items() if k not in ('quantization_config', 'auto_map', 'dtype', 'torch_dtype')})
+    kind = stock_type(ck.config)
+    config = CONFIG_MAPPING[kind].from_dict({k:v for k,v in ck.config.items() if k not in ('quantization_config', 'auto_map', 'dtype', 'torch_dtype')} | dict(model_type=kind))
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval().requires_grad_(False)
@@ -149,12 +150,11 @@ def load_experts(
 ): # (gate_up [N, 2I, H], down [N, H, I])
     "Stack the experts of one layer, gate rows first."
     n, ii, h = gate_up_shape; i = ii//2
-    if prefix+'gate_up_proj' in ck: return tuple(ck.weight(prefix+k, dtype, device) for k in ('gate_up_proj', 'down_proj'))
     gate_up, down = (torch.empty(s, dtype=dtype, device=device) for s in ((n, 2*i, h), (n, h, i)))
     for e in range(n):
-        for k,dest in (('gate', gate_up[e,:i]), ('up', gate_up[e,i:]), ('down', down[e])):
-            w = ck.weight(f'{prefix}{e}.{k}_proj.weight', dtype, device)
-            if w.shape != dest.shape: raise BadInput(f'{ck.folder}: {prefix}{e}.{k}_proj is {list(w.shape)}, the config says {list(dest.shape)}')
+        for k,dest in zip(check_supported(ck.config).matrices, (gate_up[e,:i], gate_up[e,i:], down[e])):
+            w = ck.weight(f'{prefix}{e}.{k}.weight', dtype, device)
+            if w.shape != dest.shape: raise BadInput(f'{ck.folder}: {prefix}{e}.{k} is {list(w.shape)}, the config says {list(dest.shape)}')
             dest.copy_(w)
     return gate_up, down
 
@@ -167,14 +167,14 @@ def load_module(
     device='cpu',
 ) -> nn.Module: # `module`
     "Give one module its weights."
-    state, prefix = {}, prefix+'.'
+    state, family = {}, check_supported(ck.config)
     for k,p in module.state_dict().items():
-        if k.endswith('experts.gate_up_proj'):
-            pre = k.removesuffix('gate_up_proj')
-            state[k], state[pre+'down_proj'] = load_experts(ck, prefix+pre, p.shape, dtype, device)
-        elif not k.endswith('experts.down_proj'):
-            state[k] = ck.weight(prefix+k, torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
-            if state[k].shape != p.shape: raise BadInput(f'{ck.folder}: {prefix}{k} is {list(state[k].shape)}, the config says {list(p.shape)}')
+        name = disk_name(f'{prefix}.{k}', family)
+        if k.endswith('experts.gate_up_proj') and name not in ck:
+            state[k], state[k.replace('gate_up', 'down')] = load_experts(ck, name.removesuffix('gate_up_proj'), p.shape, dtype, device)
+        elif k not in state:
+            state[k] = ck.weight(name, torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
+            if state[k].shape != p.shape: raise BadInput(f'{ck.folder}: {name} is {list(state[k].shape)}, the config says {list(p.shape)}')
     module.load_state_dict(state, assign=True)
     ck.close()
     return module.requires_grad_(False)
