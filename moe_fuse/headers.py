@@ -204,7 +204,7 @@ def inspect(
         packed = next((p for p in (('.qweight', 8, 'AWQ int4'), ('_blocks', 2, 'MXFP4')) if k.endswith(p[0])), ('', 1, e.dtype))
         params[part] += size*packed[1]; formats[packed[2]] += 1
     total, n, k = sum(params.values()), c[experts_key(c)], c['num_experts_per_tok']
-    shared = c.get(f.shared) or 0
+    active, shared = total - params['mtp'] - params['routed experts']*(n-k)//n, c.get(f.shared) or 0
     return dict(architecture=f.architecture, layers=c['num_hidden_layers'], dense_layers=c['num_hidden_layers']-len(routed), hidden_size=c['hidden_size'],
                 experts=n, top_k=k, shared_experts=shared if f.shared=='n_shared_experts' else int(shared>0), expert_width=c[f.width], formats=dict(formats),
-                parameters=dict(params), total=total, active=total-params['mtp']-params['routed experts']*(n-k)//n, bytes_by_part=dict(nbytes), bytes=ck.nbytes)
+                parameters=dict(params), total=total, active=active, bytes_by_part=dict(nbytes), bytes=ck.nbytes)

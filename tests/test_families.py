@@ -223,3 +223,67 @@ def test_a_config_without_a_size_names_it(family):
     config = CONFIGS[family][1]
     for k in 'num_hidden_layers', 'num_experts_per_tok', FAMILIES[family].width, FAMILIES[family].experts:
         with pytest.raises(BadInput, match=k): check_supported({a: b for a,b in config.items() if a!=k} | dict(model_type=family))
+
+# the main job
+
+def run(folder, out, texts, **kw):
+    from moe_fuse.pipeline import compress
+    return compress(folder, out, **dict(calibration=texts[0], eval_data=texts[1], tokens=4096, eval_tokens=2048, quiet=True, baselines=[]) | kw)
+
+def compare(r, kind, out, n=3):
+    "The largest difference between stock logits of OUT and those in memory, on the longest held-out sequences"
+    lengths, end = r.held.lengths[-n:], len(r.held); a = end-sum(lengths)
+    with torch.no_grad(): want, got = r.logits[kind](a, end), torch.cat([m(s[None]).logits[0] for m in [stock(out)] for s in r.held.ids[a:].split(lengths)])
+    assert want.std()>.1
+    return (got-want).abs().max()
+
+SHRUNK = [f for f in CONFIGS if f not in ('gpt_oss', 'deepseek_v2', 'deepseek_v3')]   # DeepSeek's runs are in test_pipeline
+RUNS = {f: (f, dict(keep=.5)) for f in SHRUNK} | {f'{f}-reap': (f, dict(keep=.67, method='reap')) for f in SHRUNK if f!='kimi_k2'}
+RUNS |= {f'{f}-always-on': (f, dict(keep=.5, shared_share=.3)) for f in ('qwen2_moe','glm4_moe')}
+RUNS |= {f: (f, dict(keep=.5, baselines=['reap','mean'], distill_steps=2)) for f in ('qwen2_moe','mixtral')}
+
+@pytest.mark.parametrize('case', RUNS)
+def test_student_is_the_stock_architecture(case, texts, tmp_path):
+    "Loaded by `transformers` alone, with nothing missing or left over, to 1e-4 in float32; names on disk are the family's own"
+    family, kw = RUNS[case]
+    config, state = tiny(family, **dict(n_routed_experts=24) if family=='kimi_k2' else {})
+    src, out = write(tmp_path/'src', config, state), tmp_path/'out'
+    r = run(src, out, texts, **kw)
+    assert compare(r, kw.get('method', 'slim'), out) <= 1e-4
+    ck, info = Checkpoint(out), inspect(Checkpoint(out))
+    assert r.report['student']==info
+    old = inspect(Checkpoint(src))
+    if 'reap' in case: assert {k.split('.experts.')[0] for k in ck.entries if '.experts.' in k}=={k.split('.experts.')[0] for k in state if '.experts.' in k} and info['experts']<old['experts']
+    else: assert set(ck.entries)==set(state) and info['expert_width']<old['expert_width']
+    assert info['parameters']['routed experts'] <= old['parameters']['routed experts']*kw['keep']*1.001
+    if 'always-on' in case: assert info['parameters']['shared experts']>old['parameters']['shared experts']
+
+@pytest.mark.parametrize('family', SHRUNK)
+def test_keep_1_is_the_teacher(family, texts, tmp_path):
+    config, state = tiny(family, **dict(n_routed_experts=24) if family=='kimi_k2' else {})
+    r = run(write(tmp_path/'src', config, state), tmp_path/'out', texts, keep=1., dtype='float32', tokens=2048)
+    want, got = (r.logits[k](0, 500) for k in ('teacher','slim'))
+    assert (got-want).abs().max() <= 1e-4 and compare(r, 'teacher', tmp_path/'out') <= 1e-4
+    assert r.report['student']['total']==r.report['source']['total']
+
+def test_a_renamed_size_is_written_under_the_name_it_had(texts, tmp_path):
+    "`transformers` saves Qwen3's num_experts as num_local_experts; both in one config would contradict each other"
+    config, state = tiny('qwen3_moe', num_local_experts=N); del config['num_experts']
+    r = run(write(tmp_path/'src', config, state), tmp_path/'out', texts, keep=.67, method='reap')
+    c = json.loads((tmp_path/'out/config.json').read_text())
+    assert c['num_local_experts']==4 and 'num_experts' not in c and compare(r, 'reap', tmp_path/'out') <= 1e-4
+
+def test_what_a_family_has_not_is_refused_before_anything_is_read(texts, tmp_path):
+    for family,kw,say in ('gpt_oss', {}, "'gpt_oss' can be inspected and evaluated but not shrunk"), ('mixtral', dict(shared_share=.2), 'no shared expert to widen'):
+        config, state = tiny(family)
+        with pytest.raises(BadInput, match=say): run(write(tmp_path/family, config, state), tmp_path/'out', texts, **kw)
+    assert not (tmp_path/'out').exists() and not (tmp_path/'out.partial').exists()
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_command_line_inspects_and_evaluates(family, texts, tmp_path, capsys):
+    from moe_fuse.cli import main
+    config, state = tiny(family, **dict(n_routed_experts=24) if family=='kimi_k2' else {})
+    src = str(write(tmp_path, config, state))
+    assert main(['inspect', src])==0 and FAMILIES[family].architecture in capsys.readouterr().out
+    assert main(['eval', src, '--against', src, '--data', texts[1], '--tokens', '2048', '--json'])==0
+    assert json.loads(capsys.readouterr().out)['mean']['kl']==0
