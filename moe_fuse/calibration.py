@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AttentionInterface, AutoTokenizer
 from .awq_loading import *
 from .headers import *
 from .stdlib_text import stdlib_docs
+from .streaming import *
 
 # %% ../nbs/01_calibration.ipynb #3d2d4046
 def read_jsonl(
@@ -222,12 +223,16 @@ def stream_layers(
     model:nn.Module,     # `empty_model(ck)`
     start=0,             # first layer wanted
     dtype=torch.float32, device='cpu',
+    budget=None,         # bytes that a layer's weights may take on the device (00_streaming)
 ):
-    "Yield (index, decoder layer with its weights), one after the other."
+    "Yield (index, decoder layer with its weights), one after the other; the next one is read ahead."
     model.model.rotary_emb.to(device); model.config._attn_implementation = 'padded_sdpa'
-    for i in range(start, model.config.num_hidden_layers):
-        yield i, load_module(ck, model.model.layers[i], f'model.layers.{i}', dtype, device)
-        free(model.model.layers[i])
+    with reading_ahead(ck) as ahead:
+        for i in range(start, model.config.num_hidden_layers):
+            layer = load_layer(ck, model.model.layers[i], f'model.layers.{i}', dtype, device, budget)
+            ahead(f'model.layers.{i+1}.')
+            yield i, layer
+            free(model.model.layers[i])
 
 def embed_tokens(
     ck:Checkpoint,    # where the embedding is
@@ -240,7 +245,7 @@ def embed_tokens(
     w, size = ck.weight('model.embed_tokens.weight', dtype), (ck.config['vocab_size'], states.shape[1])
     if w.shape != size: raise BadInput(f'{ck.folder}: model.embed_tokens.weight is {list(w.shape)}, the config says {list(size)}')
     for a in range(0, len(ids), chunk): states.write(a, w[ids[a:a+chunk]])
-    ck.close()
+    ck.release()
 
 def last_layer(
     ck:Checkpoint,   # where the weights are

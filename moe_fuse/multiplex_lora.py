@@ -41,6 +41,12 @@ def _rest(moe):
     return {k: v if k.startswith('gate.') else v.clone() for k,v in moe.state_dict().items() if not k.startswith('experts.')}
 
 # %% ../nbs/04_multiplex_lora.ipynb #b4038c80
+def _rows(w, e, r): # [N, rows, H], [n], [n] -> [n, H]
+    "Row r of expert e, each expert touched once, for packed ones are unpacked then"
+    out = torch.empty(len(e), w.shape[2], dtype=w.dtype, device=w.device)
+    for i in e.unique().tolist(): out[e==i] = w[i][r[e==i]]
+    return out
+
 def slim_moe(
     moe:nn.Module,           # teacher's block
     usefulness:torch.Tensor, # [N, I]
@@ -55,10 +61,10 @@ def slim_moe(
     gate_up, down = take_neurons(w, idx)
     state, size = _rest(moe) | {'experts.gate_up_proj': gate_up, 'experts.down_proj': down}, {f.width: r}
     if s is not None:
-        name, (e, j) = next(k for k,m in moe.named_children() if m is s), (t.to(down.device) for t in choose_always_on(usefulness, idx, on))
-        state[f'{name}.gate_proj.weight'] = torch.cat([s.gate_proj.weight, w.gate_up_proj[e,j]])
-        state[f'{name}.up_proj.weight'] = torch.cat([s.up_proj.weight, w.gate_up_proj[e,i+j]])
-        state[f'{name}.down_proj.weight'] = torch.cat([s.down_proj.weight, torch.zeros_like(w.down_proj[e,:,j].T)], 1)   # the fit says what they are for
+        name, (e, j) = next(k for k,m in moe.named_children() if m is s), choose_always_on(usefulness, idx, on)
+        state[f'{name}.gate_proj.weight'] = torch.cat([s.gate_proj.weight, _rows(w.gate_up_proj, e, j)])
+        state[f'{name}.up_proj.weight'] = torch.cat([s.up_proj.weight, _rows(w.gate_up_proj, e, i+j)])
+        state[f'{name}.down_proj.weight'] = torch.cat([s.down_proj.weight, down.new_zeros(len(s.down_proj.weight), on)], 1)   # the fit says what they are for
         size[f.shared] = n_shared if counted else old+on
     return fill(with_config(moe, **size), **state)
 

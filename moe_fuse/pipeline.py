@@ -29,6 +29,7 @@ from .fusion import *
 from .headers import *
 from .healing import *
 from .multiplex_lora import *
+from .streaming import *
 
 # %% ../nbs/08_pipeline.ipynb #da98d697
 class Stream:
@@ -57,6 +58,7 @@ class Job(NamedTuple):
     bar: object         # progress bar
     seconds: dict       # time by stage
     batch: int          # tokens of a batch, padding included
+    budget: int = None  # bytes that a layer of the teacher may take on the device
 
     def batches(self, held=None):
         "Yield (first row, one past the last, lengths); of calibration, held-out or all tokens."
@@ -174,6 +176,8 @@ def round_weights(
     dtype:torch.dtype,  # what it will be stored in
 ):
     "Make float32 weights representable in a smaller dtype; routers stay exact."
+    for m in module.modules():
+        if isinstance(m, PackedExperts): m.rounded = dtype
     for k,p in module.named_parameters():
         if '.gate.' in f'.{k}': continue
         for w in p.data.unbind() if p.dim()==3 else [p.data]: w.copy_(w.to(dtype))     # in place, one expert at a time
@@ -296,7 +300,7 @@ def run_layers(
     if fresh:
         for k,s in streams.items(): embed_tokens(ck, torch.cat([job.cal.ids, job.held.ids]), s.old, torch.float32 if k=='teacher' else job.dtype)
         writer.write(0, head_tensors(ck, job.dtype)); run['layer'] = 0
-    for i,layer in stream_layers(ck, model, run['layer'], device=job.device):
+    for i,layer in stream_layers(ck, model, run['layer'], device=job.device, budget=job.budget):
         job.bar.set_description(f'layer {i}: teacher'); t = job.stage('read', t)
         with torch.no_grad(): stats = teacher_layer(layer, streams['teacher'], y, job)
         round_weights(layer, job.dtype); t = job.stage('teacher', t); job.bar.update()
@@ -398,14 +402,15 @@ def plot_report(
 
 # %% ../nbs/08_pipeline.ipynb #81929f47
 def execute(
-    source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, # from `compress`
+    source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, budget, # from `compress`
 ) -> Run:
     "The run itself: layers, evaluation, report; at its end OUT appears."
     recipe, n = run['recipe'], len(cal)
     model = empty_model(source)
     with tqdm(total=model.config.num_hidden_layers*(1+len(kinds)), initial=(run['layer'] or 0)*(1+len(kinds)), disable=quiet, unit='pass', dynamic_ncols=True) as bar:
         job = Job(cal, held, recipe, device, getattr(torch, recipe['dtype']), model.model.rotary_emb, bar, run['seconds'],
-                  min(8192, 2**26//(model.config.hidden_size*model.config.num_experts_per_tok)))   # 0.27 GB for the outputs of a batch's routed pairs
+                  min(8192, 2**26//(model.config.hidden_size*model.config.num_experts_per_tok)),   # 0.27 GB for the outputs of a batch's routed pairs
+                  budget)
         streams = run_layers(source, model, kinds, writer, run, job)
         bar.set_description('evaluation')
         t = time.perf_counter()
@@ -443,6 +448,7 @@ def compress(
     lr=2e-3,                # of those
     baselines=('reap','mean'), # measured beside the student at the same bytes
     dtype='bfloat16',       # of the student's weights on disk
+    device_budget=None,     # bytes that a layer of the teacher may take on the device; None for no limit
     seed=0, device='auto', resume=False, quiet=False,
 ) -> Run:
     "Shrink a checkpoint and say what it cost."
@@ -462,7 +468,7 @@ def compress(
     need, free_bytes = (2*len(kinds)+3)*(len(cal)+len(held))*source.config['hidden_size']*4, shutil.disk_usage(writer.partial).free
     try:
         if run['layer'] is None and need > free_bytes: raise BadInput(f'{out}: the states of {len(cal)+len(held):,} tokens need {need/1e9:.1f} GB of disk, {free_bytes/1e9:.1f} GB are free')
-        return execute(source, str(src), writer, run, kinds, cal, held, device, quiet)
+        return execute(source, str(src), writer, run, kinds, cal, held, device, quiet, device_budget)
     except (BadInput, OSError):
         writer.remove()
         raise

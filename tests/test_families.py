@@ -2,10 +2,11 @@
 import json
 import pytest, torch
 from moe_fuse.awq_loading import *
-from moe_fuse.calibration import TokenSet, block_inputs, stream_layers
+from moe_fuse.calibration import TokenSet, block_inputs, layer_forward, stream_layers
 from moe_fuse.evaluation import logits_of
 from moe_fuse.expert_analysis import moe_forward
 from moe_fuse.headers import *
+from moe_fuse.streaming import layer_bytes
 from tiny_models import pack, stock, write
 
 H, I, N, K, V, L = 48, 32, 6, 2, 2048, 4                                        # hidden, expert width, experts, active, vocabulary, layers
@@ -171,6 +172,19 @@ def test_grouped_experts_are_the_block(family, tmp_path):
                 with pytest.raises(ValueError, match='GptOssExperts have biases'): moe_forward(layer.mlp, x)
             else: same(moe_forward(layer.mlp, x), layer.mlp(x[None])[0])
     assert block_inputs(ck, 1, tokens()).shape==(124, H)
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_experts_that_stay_packed_give_the_same(family, tmp_path):
+    "A budget too small for a layer's floats: whatever the files call an expert, it is found; one tensor for all can't be split"
+    config, state = tiny(family, **dict(n_routed_experts=24) if family=='kimi_k2' else {})
+    c, disk, _ = packed(config, state, 'float32' if family=='gpt_oss' else 'mixed')
+    ck, x = Checkpoint(write(tmp_path, c, disk, tokenizer=False)), torch.randn(50, H, generator=torch.Generator().manual_seed(3))
+    def last(budget):
+        model = empty_model(ck)
+        with torch.no_grad(): return [layer_forward(layer, x, [20, 30], model.model.rotary_emb) for _,layer in stream_layers(ck, model, budget=budget)][-1]
+    b = max((layer_bytes(ck, f'model.layers.{i}') for i in range(config['num_hidden_layers'])), key=lambda b: b.rest+2*b.expert)
+    if family!='gpt_oss': same(last(b.rest+2*b.expert), last(None)); return
+    with pytest.raises(BadInput, match='holds all experts'): last(b.rest+2*b.expert)
 
 def parameters(state): return sum(v.numel() for k,v in state.items() if not k.endswith('e_score_correction_bias'))
 
