@@ -332,12 +332,18 @@ def load_experts(
     "Stack the experts of one layer, gate rows first."
     n, ii, h = gate_up_shape
     out = {k: torch.empty(s, dtype=dtype, device=device) for k,s in dict(gate_up_proj=(n, ii, h), down_proj=(n, h, ii//2)).items()}
-    for e,names in enumerate(expert_names(ck, prefix, n)):
-        for k,ws in names.items():
-            for name,dest in zip(ws, out[k][e].chunk(len(ws))):
-                w = ck.unpack(name, ck.fetch(ck.parts(name), device), dtype)
-                if w.shape != dest.shape: raise BadInput(f'{ck.folder}: {name} is {list(w.shape)}, the config says {list(dest.shape)}')
-                dest.copy_(w)
+    names = expert_names(ck, prefix, n)
+    for first in range(0, n, 8):                                               # eight at a time, so that one is read while another is unpacked
+        jobs = [(w, d) for e,names_e in enumerate(names[first:first+8], first) for k,ws in names_e.items() for w,d in zip(ws, out[k][e].chunk(len(ws)))]
+        parts = iter(ck.fetch([p for w,_ in jobs for p in ck.parts(w)], device))
+        for name,dest in jobs:
+            w = ck.unpack(name, [next(parts) for _ in ck.parts(name)], dtype, check=False)
+            if w.shape != dest.shape: raise BadInput(f'{ck.folder}: {name} is {list(w.shape)}, the config says {list(dest.shape)}')
+            dest.copy_(w)
+    for k,v in out.items():
+        if not torch.stack(torch.aminmax(v)).isfinite().all():
+            bad = next(e for e in range(n) if not v[e].isfinite().all())
+            for name in names[bad][k]: ck.weight(name, dtype, device)          # names the one
     return out['gate_up_proj'], out['down_proj']
 
 # %% ../nbs/00_awq_loading.ipynb #5ef37418
