@@ -108,7 +108,7 @@ def test_verdict_says_what_is_missing_and_what_helps(tmp_path, capfd):
     assert planned(capfd, 'demo', '--disk', small, '--tokens', '128k', *typed).startswith('fits: ')
     assert planned(capfd, 'demo', '--vram', '24GB').startswith('fits: ')
     assert 'no setting brings it below' in planned(capfd, 'demo', '--vram', '100MB')
-    assert 'no single setting is enough; --baselines none --tokens 2048' in planned(capfd, 'demo', '--disk', '20MB', '--tokens', '8192', '--eval-tokens', '8192')
+    assert 'no single setting is enough; --baselines none --states float8 --tokens 2048' in planned(capfd, 'demo', '--disk', '20MB', '--tokens', '8192', '--eval-tokens', '8192')
 
 @pytest.mark.parametrize('argv,say', [(('--vram', '24'), "'24'"), (('--ram', '8gb'), "'8gb'"), (('--disk=-1GB',), "'-1GB'"), (('--tokens', '2MB'), "'2MB'"), (('--tokens', '100'), 'tokens is 100, at least 2048'),
     (('--eval-tokens', '5'), 'eval_tokens is 5'), (('--keep', '0'), 'keep is 0'), (('--keep', '1.5'), 'keep is 1.5'), (('--keep', 'nan'), 'keep is nan'), (('--keep', '.01'), 'less than 8 neurons'), (('--method', 'magic'), "'magic'"),
