@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['choose_neurons', 'take_neurons', 'slim_widths', 'choose_always_on', 'JointRidge', 'fvu', 'pruned_groups',
-           'prune_experts', 'group_by_coactivation', 'mean_cores']
+           'prune_experts', 'mean_cores', 'group_by_coactivation']
 
 # %% ../nbs/03_fusion.ipynb #d7a3fdb3
-import numpy as np, torch
+import torch
 from fastcore.basics import patch
-from sklearn.cluster import SpectralClustering
 from torch import nn
 
 from .expert_analysis import *
+from .grouping import *
 from .headers import *
+
+_all_ = ['group_by_coactivation']                                             # 02_grouping made it
 
 # %% ../nbs/03_fusion.ipynb #64836393
 def choose_neurons(
@@ -137,19 +139,6 @@ def prune_experts(
     return (best + torch.arange(n_group)[:,None]*(n//n_group)).flatten().sort().values
 
 # %% ../nbs/03_fusion.ipynb #894f3f67
-def group_by_coactivation(
-    coactivation:torch.Tensor, # [N, N]
-    n_cores:int,               # E
-    seed=0,                    # start vector of the eigensolver
-) -> torch.Tensor: # [N] core of each expert, 0..E-1
-    "Spectral clustering of the experts."
-    n = len(coactivation)
-    if not 1<=n_cores<=n: raise BadInput(f'{n_cores} cores for {n} experts')
-    if n_cores in (1, n): return torch.arange(n) % n_cores
-    c = coactivation.double().numpy() + 1                                      # one count each: an expert that never fires stays connected
-    np.fill_diagonal(c, 0)
-    return torch.from_numpy(SpectralClustering(n_cores, affinity='precomputed', assign_labels='cluster_qr', random_state=seed).fit_predict(c)).long()
-
 def mean_cores(
     w:torch.Tensor,      # [N, ...] one weight of each expert
     groups:torch.Tensor, # [N] core of each expert
