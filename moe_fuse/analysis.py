@@ -38,11 +38,11 @@ def effective_rank(
 def fire_together(
     coactivation:torch.Tensor, # [N, N]
     groups:torch.Tensor,       # [N] core of each expert
-) -> float: # 0..1; NaN where every group is a singleton
+) -> float: # 0..1; 0 where no group has two members
     "Probability that another given member of the group fires when one does."
     pair = (groups[:,None]==groups).fill_diagonal_(False)
     n = coactivation.diagonal()[:,None].expand_as(pair)[pair].sum()
-    return (coactivation[pair].sum()/n).item()
+    return (coactivation[pair].sum()/n.clamp(min=1)).item()
 
 # %% ../nbs/09_analysis.ipynb #30fbb4b6
 @torch.no_grad()
@@ -207,7 +207,8 @@ def plot_coactivation(
         ax.set(xticks=[], yticks=[], title=f"layer {l['layer']}", xlabel='expert'); ax.title.set_fontsize(9)
     axes[0].set_ylabel('expert, by group')
     fig.colorbar(im, ax=list(axes), shrink=.7, ticks=[-3,0,3]).ax.set_yticklabels(['1/8', 'chance', '8 times'])
-    fig.suptitle('Experts that fire together, by group', fontsize=11)
+    more = np.nanmean([l['fire_together']/max(l['fire_together_chance'], 1e-9) for l in layers])
+    fig.suptitle(f'Members of a group fire together {more:.1f} times as often as any two experts', fontsize=11)
     return fig
 
 # %% ../nbs/09_analysis.ipynb #cd754a44
@@ -243,14 +244,15 @@ def plot_prediction(
 ): # a figure
     "What each layer, and the whole model, would lose."
     fig, (left, right) = _figure(2, 4.2, 3.2)
+    first = next(iter(report['kl'])); worst = max(report['layers'], key=lambda l: l['predicted'][first]['fvu'])
     for c,(keep,kl) in zip(KEEP_COLORS*9, report['kl'].items()):
         x, y = [l['layer'] for l in report['layers']], [l['predicted'][keep]['fvu'] for l in report['layers']]
-        left.plot(x, y, 'o-', ms=4, color=c); left.annotate(f'{float(keep):.4g}', (x[-1], y[-1]), xytext=(5,-3), textcoords='offset points', color=c, fontsize=9)
+        left.plot(x, y, 'o-', ms=4, color=c); left.annotate(f'keep {float(keep):.4g}', (x[-1], y[-1]), xytext=(5,-3), textcoords='offset points', color=c, fontsize=9)
         right.plot([float(keep)], [kl], 'o', color=c)
     right.plot([float(k) for k in report['kl']], list(report['kl'].values()), color='0.7', zorder=0)
-    left.set(xlabel='layer', ylabel='FVU of the routed output', ylim=(0, None), title='Predicted loss of each layer, by keep'); left.margins(x=.12)
+    left.set(xlabel='layer', ylabel='FVU of the routed output', ylim=(0, None), title=f"Layer {worst['layer']} is predicted to lose most"); left.margins(x=.22)
     left.xaxis.get_major_locator().set_params(integer=True)
-    right.set(xlabel='keep', ylabel='KL to the teacher, nats', xlim=(0, None), ylim=(0, None), title='Predicted loss of the model')
+    right.set(xlabel='keep', ylabel='KL to the teacher, nats a token', xlim=(0, 1.15*max(map(float, report['kl']))), ylim=(0, 1.15*max(report['kl'].values())), title=f"Predicted KL at keep {float(first):.4g}: {report['kl'][first]:.2f}")
     return fig
 
 # %% ../nbs/09_analysis.ipynb #160cf73b
