@@ -21,14 +21,14 @@ text = 'demo' if a.data=='demo' else ','.join(str(f) for f in sorted(Path(a.data
 ck = Checkpoint(resolve_source(a.teacher))
 docs, now = read_docs(text), lambda: (time.perf_counter(), time.process_time())
 start = now()
-cal, _ = split_text(docs, load_tokenizer(ck.folder), a.tokens, 8192)
+cal = sample_tokens(split_text(docs)[0], load_tokenizer(ck.folder), a.tokens)
 read = now()
 model = empty_model(ck)
 states = States(len(cal), model.config.hidden_size)
 embed_tokens(ck, cal.ids, states)
 for _,layer in stream_layers(ck, model): pilot_layer(layer, layer.mlp, states, cal, model.model.rotary_emb)
 forward = now()
-with tempfile.TemporaryDirectory() as d: report = analyse(a.teacher, Path(d)/'out', text, a.tokens, quiet=True, device='cpu')
+with tempfile.TemporaryDirectory() as d: report = analyse(a.teacher, Path(d)/'out', text, tokens=a.tokens, quiet=True, device='cpu')
 end = now()
 
 span = lambda a, b: [y-x for x,y in zip(a, b)]

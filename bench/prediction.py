@@ -3,8 +3,9 @@
     python bench/prediction.py demo demo results/prediction-demo.json
     python bench/prediction.py TEACHER DATA results/prediction-v3-20m.json
 
-TEACHER is a checkpoint or `demo`, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.valid.jsonl.gz, or `demo`. The prediction sees the training text only. A run
-that is in the results already is not made again. 37.5 % rounds down to a quarter of the neurons, and the rest is always-on. 6.25 % is not among the sizes: the experts of these teachers have 64 neurons, and a stock layer takes no fewer than 8.
+TEACHER is a checkpoint or `demo`, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.valid.jsonl.gz, or `demo`. Both fit on the training text and
+measure on the validation text. A run that is in the results already is not made again. 37.5 % rounds down to a quarter of the neurons, and the rest is
+always-on. 6.25 % is not among the sizes: the experts of these teachers have 64 neurons, and a stock layer takes no fewer than 8.
 """
 import argparse, json, tempfile
 from pathlib import Path
@@ -33,7 +34,7 @@ for keep in keeps:
     res['measured'].append(dict(key=key, fvu={i: f['fitted'] for i,f in r['fvu']['slim'].items()}, kl=r['evaluation']['slim']['mean']['kl'], seconds=sum(r['seconds'].values()), versions=r['versions'], date=r['date']))
     save()
 if 'predicted' not in res:
-    with tempfile.TemporaryDirectory() as d: r = analyse(a.teacher, Path(d)/'out', files('train'), a.tokens, keeps, quiet=True)
+    with tempfile.TemporaryDirectory() as d: r = analyse(a.teacher, Path(d)/'out', files('train'), files('valid'), a.tokens, keeps, pilot_tokens=a.eval_tokens, quiet=True)
     res['predicted'] = dict(layers={str(l['layer']): l['predicted'] for l in r['layers']}, seconds=r['seconds'], **{k: r[k] for k in ('kl', 'tokens', 'held_out', 'fit_tokens', 'seed')})
 
 names = 'fvu', 'fvu_alone', 'energy_dropped'

@@ -271,7 +271,7 @@ def write_pictures(
     layers = report['layers']
     figs = dict(load=plot_load(layers), energy=plot_energy(layers, [float(k) for k in layers[0]['energy']]), coactivation=plot_coactivation(layers, [c for c,_ in maps]),
                 similarity=plot_similarity(layers, [s for _,s in maps]), prediction=plot_prediction(report))
-    for k,fig in figs.items(): fig.savefig(out/f'{k}.png', dpi=110)
+    for k,fig in figs.items(): fig.savefig(out/f'{k}.png', dpi=80)
 
 # %% ../nbs/09_analysis.ipynb #e1eddf5b
 def verdict(
@@ -290,15 +290,15 @@ def verdict(
 
 # %% ../nbs/09_analysis.ipynb #4b614f29
 def split_text(
-    docs:list, tokenizer, tokens:int, held:int, seed=0, # documents, of the model, tokens wanted of either kind
-): # (calibration, held-out) TokenSets, from different documents
-    "Every eighth document of a domain is held out."
+    docs:list, # from `read_docs`
+): # (documents for the statistics, held-out documents)
+    "Hold every eighth document of a domain out."
     nth, out = {}, ([], [])
     for d in docs:
         nth[d['domain']] = i = nth.get(d['domain'], -1)+1
         out[i%8==0].append(d)
     if not out[0]: raise BadInput('every domain has one document only, so none can be held out')
-    return sample_tokens(out[0], tokenizer, tokens, seed=seed), sample_tokens(out[1], tokenizer, held, seed=seed)
+    return out
 
 def possible_keeps(
     config:dict, # config.json
@@ -348,10 +348,11 @@ def survey(
 def analyse(
     src, out,             # teacher (folder, hub id or `demo`); folder to write
     calibration='demo',   # `demo` or jsonl files divided by commas
+    eval_data=None,       # held-out text; None takes every eighth document of the calibration text
     tokens=262144,        # of the statistics
     keeps=(.5, .25, .125, .0625), # sizes to predict
-    fit_tokens=16384,     # of the pilots' fits
-    pilot_tokens=8192,    # held out, that run through the pilots
+    fit_tokens=32768,     # of the pilots' fits
+    pilot_tokens=16384,   # held out, that run through the pilots
     seed=0, device='auto', quiet=False,
 ) -> dict: # what analysis.json holds
     "Look at a teacher, and say what students of several sizes would lose."
@@ -360,7 +361,9 @@ def analyse(
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     ok, impossible = possible_keeps(ck.config, keeps)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder')
-    cal, held = split_text(read_docs(calibration), load_tokenizer(ck.folder), tokens, pilot_tokens, seed)
+    docs, tok = read_docs(calibration), load_tokenizer(ck.folder)
+    docs, held = (docs, read_docs(eval_data, 'valid')) if eval_data else split_text(docs)
+    cal, held = sample_tokens(docs, tok, tokens, seed=seed), sample_tokens(held, tok, pilot_tokens)
     for t in cal, held:
         if t.ids.max()>=ck.config['vocab_size']: raise BadInput(f'token {int(t.ids.max())} is outside the vocabulary of {ck.config["vocab_size"]}')
     out.mkdir(parents=True, exist_ok=True)

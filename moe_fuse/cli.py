@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     c = command('analyse', 'look at the experts of SRC and predict what students of several sizes would lose; numbers and pictures go to OUT')
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo'); c.add_argument('out', metavar='OUT', help='folder to make')
     c.add_argument('--calibration', default='demo', metavar='FILES', help='demo, or FILE.jsonl[,FILE...]'); c.add_argument('--tokens', type=int, default=262144, help='calibration tokens')
+    c.add_argument('--eval', default=None, metavar='FILES', dest='eval_data', help='held-out text as for run; left out, every eighth calibration document')
     c.add_argument('--keeps', default='0.5,0.25,0.125,0.0625', help='sizes, divided by commas'); c.add_argument('--seed', type=int, default=0, help='of sampling')
     c.add_argument('--device', default='auto', help='auto, cpu or cuda')
     c = command('eval', 'compare STUDENT with TEACHER on held-out text')
@@ -79,7 +80,7 @@ def run_command(
         from moe_fuse.analysis import analyse, verdict
         try: keeps = [float(k) for k in a.keeps.split(',')]
         except ValueError: raise BadInput(f'keeps {a.keeps!r} are not numbers divided by commas') from None
-        report = analyse(a.src, a.out, a.calibration, a.tokens, keeps, seed=a.seed, device=a.device)
+        report = analyse(a.src, a.out, a.calibration, a.eval_data, a.tokens, keeps, seed=a.seed, device=a.device)
         return json.dumps(report) if a.json else f'{verdict(report)}\n\nnumbers and pictures: {a.out}'
     from moe_fuse.pipeline import compress, table
     skip = 'command', 'json', 'baselines'
