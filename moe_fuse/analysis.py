@@ -117,17 +117,18 @@ def predict_layer(
     pilots:dict,      # keep -> States, moved one layer on
     teacher:States,   # the teacher's, of the same tokens, moved too
     tokens:TokenSet,  # P held-out tokens
-    rotary:nn.Module, device='cpu',
+    rotary:nn.Module, device='cpu', batch=8192,
 ) -> dict: # keep -> `fvu` of the pilot, `fvu_alone` where only this layer is fused, `energy_dropped` before any fit
     "What each pilot loses in one layer; all are fractions of the routed output's variance or energy."
     moe, shared = layer.mlp, layer.mlp.shared_experts
-    xt, yt = pilot_layer(layer, moe, teacher, tokens, rotary, device)
+    xt, yt = pilot_layer(layer, moe, teacher, tokens, rotary, device, batch)
     yt = yt-shared(xt)
     out = {}
     for keep,s in pilots.items():
         slim = fit_slim(moe, stats.usefulness, keep, x, y)
-        xp, yp = pilot_layer(layer, slim, s, tokens, rotary, device)
-        out[keep] = dict(fvu=fvu(yt, yp-shared(xp)), fvu_alone=fvu(yt, block_forward(slim, xt)-shared(xt)),
+        xp, yp = pilot_layer(layer, slim, s, tokens, rotary, device, batch)
+        alone = torch.cat([block_forward(slim, xb)-shared(xb) for xb in xt.split(batch)])
+        out[keep] = dict(fvu=fvu(yt, yp-shared(xp)), fvu_alone=fvu(yt, alone),
                          energy_dropped=1-energy_kept(stats.usefulness, slim.experts.down_proj.shape[2]))
     return out
 
@@ -336,7 +337,7 @@ def survey(
         stats, cov, x, y = timed('teacher and statistics', survey_layer, layer, main, cal, rows, rotary, device, batch)
         sim = timed('similarity', output_similarity, layer.mlp.experts, x[::max(1, len(x)//512)])[0].cpu()
         layers.append(timed('description', describe_layer, i, stats, cov, sim, c.num_experts_per_tok, seed))
-        pred = timed('pilots', predict_layer, layer, stats, x, y, {k: few[k] for k in keeps}, few['teacher'], held, rotary, device)
+        pred = timed('pilots', predict_layer, layer, stats, x, y, {k: few[k] for k in keeps}, few['teacher'], held, rotary, device, batch)
         layers[-1]['predicted'] = {str(k): v for k,v in pred.items()}
         maps.append((stats.coactivation, sim))
     main.close()

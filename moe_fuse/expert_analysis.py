@@ -305,6 +305,7 @@ def update(self:ExpertStats,
     ids, cos = in_router_order(p.expert, p, top_k), routed_cosines(f, p, top_k)
     self.cosine += torch.from_numpy(pair_sums(ids.cpu().numpy(), cos.cpu().numpy(), len(p.counts))).to(f.device)
     if not hasattr(self, 'moments') and not hasattr(self, 'layer_moment'): return
+    if x is None: raise ValueError('moments need the layer\'s inputs: update(..., x=x)')
     xw = x[p.token].float()*p.weight[:,None]
     if hasattr(self, 'moments'): self.moments += torch.stack([e.T@e for e in xw.split(p.counts)])
     else: self.layer_moment += xw.T@xw; self.moment_diagonal += sum_by_expert(xw.square(), p)

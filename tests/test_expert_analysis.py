@@ -114,3 +114,5 @@ def test_nothing_and_other_layers_are_refused(block):
     with pytest.raises(ValueError, match='empty'): s.update(moe.experts, x.new_zeros(0, 32), x.new_zeros(0, 48), p, 4)
     with pytest.raises(ValueError, match='differ'): s += ExpertStats(8, 32, 48)
     with pytest.raises(ValueError, match='kind|differ'): s += LayerStats(16, 32)
+    p, act = route(moe, x), expert_hidden(moe.experts, x, route(moe, x))
+    with pytest.raises(ValueError, match='inputs'): ExpertStats(16, 32, 48, moments='full').update(moe.experts, act, grouped_linear(act, moe.experts.down_proj, p.counts), p, 4)
