@@ -24,6 +24,7 @@ from .fusion import *
 from .grouping import *
 from .headers import *
 from .multiplex_lora import *
+from .sources import *
 
 # %% ../nbs/09_analysis.ipynb #911e1a8c
 def effective_rank(
@@ -295,7 +296,7 @@ def split_text(
 ): # (documents for the statistics, held-out documents)
     "Hold every eighth document of a domain out."
     nth, out = {}, ([], [])
-    for d in docs:
+    for d in distinct(docs)[0]:                                                # a repeated document would stand on both sides
         nth[d['domain']] = i = nth.get(d['domain'], -1)+1
         out[i%8==0].append(d)
     if not out[0]: raise BadInput('every domain has one document only, so none can be held out')
@@ -348,7 +349,7 @@ def survey(
 # %% ../nbs/09_analysis.ipynb #b1e30762
 def analyse(
     src, out,             # teacher (folder, hub id or `demo`); folder to write
-    calibration='demo',   # `demo` or jsonl files divided by commas
+    calibration='demo',   # a mixture of sources, as `read_docs` takes it (01_sources)
     eval_data=None,       # held-out text; None takes every eighth document of the calibration text
     tokens=262144,        # of the statistics
     keeps=(.5, .25, .125, .0625), # sizes to predict
@@ -362,9 +363,9 @@ def analyse(
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     ok, impossible = possible_keeps(ck.config, keeps)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder')
-    docs, tok = read_docs(calibration), load_tokenizer(ck.folder)
+    docs, tok, longest = read_docs(calibration, seed=seed), load_tokenizer(ck.folder), min(512, ck.config.get('max_position_embeddings') or 512)
     docs, held = (docs, read_docs(eval_data, 'valid')) if eval_data else split_text(docs)
-    cal, held = sample_tokens(docs, tok, tokens, seed=seed), sample_tokens(held, tok, pilot_tokens)
+    cal, held = sample_tokens(docs, tok, tokens, longest, seed), sample_tokens(held, tok, pilot_tokens, longest)
     for t in cal, held:
         if t.ids.max()>=ck.config['vocab_size']: raise BadInput(f'token {int(t.ids.max())} is outside the vocabulary of {ck.config["vocab_size"]}')
     out.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def logits_of(
 
 def evaluate(
     student, against,      # sources: folder, hub id or `demo`
-    data='demo',           # `demo` or jsonl files divided by commas
+    data='demo',           # a mixture of sources, as `read_docs` takes it (01_sources)
     n_tokens=65536,        # at most, shared out over the domains
     device='cpu',
 ) -> dict: # as `compare`
@@ -63,5 +63,5 @@ def evaluate(
     s, t = (Checkpoint(resolve_source(x)) for x in (student, against))
     check_supported(s.config); check_supported(t.config)
     if s.config['vocab_size']!=t.config['vocab_size']: raise BadInput(f"vocabularies differ: {s.config['vocab_size']} and {t.config['vocab_size']} tokens")
-    tokens = sample_tokens(read_docs(data, 'valid'), load_tokenizer(t.folder), n_tokens)
+    tokens = sample_tokens(read_docs(data, 'valid'), load_tokenizer(t.folder), n_tokens, min(512, t.config.get('max_position_embeddings') or 512))
     return compare(tokens, logits_of(t, tokens, device), logits_of(s, tokens, device))

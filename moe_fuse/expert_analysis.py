@@ -53,12 +53,13 @@ def grouped_linear(
     counts:list,    # [N] rows of each group, adding up to P
 ) -> torch.Tensor: # [P, out]
     "Each row times its group's matrix."
-    if x.is_cuda and w.dtype==torch.bfloat16:
+    if x.is_cuda and w.dtype==torch.bfloat16 and isinstance(w, torch.Tensor):
         offs = torch.tensor(counts, dtype=torch.int32, device=x.device).cumsum(0, dtype=torch.int32)
         return nn.functional.grouped_mm(x.to(w.dtype), w.transpose(1,2), offs=offs)
     if torch.is_grad_enabled(): return torch.cat([xi @ wi.T for xi,wi in zip(x.split(counts), w.unbind())])
     out = x.new_empty(len(x), w.shape[1])                                      # without a gradient the parts can be written in place
-    for xi,wi,o in zip(x.split(counts), w.unbind(), out.split(counts)): torch.mm(xi, wi.T, out=o)
+    for e,(xi,o) in enumerate(zip(x.split(counts), out.split(counts))):
+        if len(xi): torch.mm(xi, w[e].T, out=o)                                # packed experts that nobody chose stay packed
     return out
 
 def expert_hidden(

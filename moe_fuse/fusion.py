@@ -30,10 +30,9 @@ def take_neurons(
     idx:torch.Tensor,  # [N, r] neurons
 ): # (gate_up [N, 2r, H], down [N, H, r]), copies
     "Cut experts down to some of their neurons."
-    n, h, i = experts.down_proj.shape
-    idx = idx.to(experts.down_proj.device)
-    rows = torch.cat([idx, idx+i], 1)                                          # gate rows first, then up rows
-    return experts.gate_up_proj.gather(1, rows[...,None].expand(-1, -1, h)), experts.down_proj.gather(2, idx[:,None].expand(-1, h, -1))
+    i, idx = experts.down_proj.shape[2], idx.to(experts.down_proj.device)
+    gate_up = [w[torch.cat([j, j+i])] for w,j in zip(experts.gate_up_proj, idx)]   # gate rows first, then up rows
+    return torch.stack(gate_up), torch.stack([w[:,j] for w,j in zip(experts.down_proj, idx)])
 
 # %% ../nbs/03_fusion.ipynb #3fe57dc2
 def slim_widths(

@@ -40,6 +40,12 @@ def _gate(moe): return {f'gate__{k}':v for k,v in moe.gate.state_dict().items()}
 def _shared(moe): return {f'shared_experts__{k.replace(".","__")}':v.clone() for k,v in moe.shared_experts.state_dict().items()}
 
 # %% ../nbs/04_multiplex_lora.ipynb #b4038c80
+def _rows(w, e, r): # [N, rows, H], [n], [n] -> [n, H]
+    "Row r of expert e, each expert touched once, for packed ones are unpacked then"
+    out = torch.empty(len(e), w.shape[2], dtype=w.dtype, device=w.device)
+    for i in e.unique().tolist(): out[e==i] = w[i][r[e==i]]
+    return out
+
 def slim_moe(
     moe:nn.Module,           # teacher's block
     usefulness:torch.Tensor, # [N, I]
@@ -51,11 +57,11 @@ def slim_moe(
     r, on, n_shared = slim_widths(n, i, s.gate_proj.out_features//i, keep, shared_share)
     idx = choose_neurons(usefulness, r)
     gate_up, down = take_neurons(moe.experts, idx)
-    (e, j), w = (t.to(down.device) for t in choose_always_on(usefulness, idx, on)), moe.experts
+    (e, j), w = choose_always_on(usefulness, idx, on), moe.experts
     return fill(with_config(moe, moe_intermediate_size=r, n_shared_experts=n_shared), **_gate(moe), experts__gate_up_proj=gate_up, experts__down_proj=down,
-                shared_experts__gate_proj__weight=torch.cat([s.gate_proj.weight, w.gate_up_proj[e,j]]),
-                shared_experts__up_proj__weight=torch.cat([s.up_proj.weight, w.gate_up_proj[e,i+j]]),
-                shared_experts__down_proj__weight=torch.cat([s.down_proj.weight, torch.zeros_like(w.down_proj[e,:,j].T)], 1))  # the fit says what they are for
+                shared_experts__gate_proj__weight=torch.cat([s.gate_proj.weight, _rows(w.gate_up_proj, e, j)]),
+                shared_experts__up_proj__weight=torch.cat([s.up_proj.weight, _rows(w.gate_up_proj, e, i+j)]),
+                shared_experts__down_proj__weight=torch.cat([s.down_proj.weight, down.new_zeros(len(s.down_proj.weight), on)], 1))  # the fit says what they are for
 
 # %% ../nbs/04_multiplex_lora.ipynb #eb36be9d
 def pruned_moe(

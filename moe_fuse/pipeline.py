@@ -28,20 +28,20 @@ from .fusion import *
 from .headers import *
 from .healing import *
 from .multiplex_lora import *
+from .streaming import *
 
 # %% ../nbs/08_pipeline.ipynb #da98d697
 class Stream:
     "One model's states of all tokens: `old` entering a layer, `new` leaving it."
-    def __init__(self, name, folder, n_tokens, hidden, layer):
+    def __init__(self, name, folder, n_tokens, hidden, layer, dtype=torch.float32):
         self.file = lambda i: Path(folder)/f'{name}.{i}.states'
-        self.args, self.layer = (n_tokens, hidden), layer
-        self.old = States(*self.args, self.file(layer))
-        self.new = States(*self.args, self.file(layer+1))
+        self.states = lambda i: States(n_tokens, hidden, self.file(i), dtype)
+        self.old, self.new, self.layer = self.states(layer), self.states(layer+1), layer
     def step(self):
         "What left this layer enters the next."
         self.old.close(); self.file(self.layer).unlink()
         self.layer += 1
-        self.old, self.new = self.new, States(*self.args, self.file(self.layer+1))
+        self.old, self.new = self.new, self.states(self.layer+1)
     def close(self): self.old.close(); self.new.close()
 
 # %% ../nbs/08_pipeline.ipynb #11fd2655
@@ -56,6 +56,7 @@ class Job(NamedTuple):
     bar: object         # progress bar
     seconds: dict       # time by stage
     batch: int          # tokens of a batch, padding included
+    budget: int = None  # bytes that a layer of the teacher may take on the device
 
     def batches(self, held=None):
         "Yield (first row, one past the last, lengths); of calibration, held-out or all tokens."
@@ -172,6 +173,8 @@ def round_weights(
     dtype:torch.dtype,  # what it will be stored in
 ):
     "Make float32 weights representable in a smaller dtype; routers stay exact."
+    for m in module.modules():
+        if isinstance(m, PackedExperts): m.rounded = dtype
     for k,p in module.named_parameters():
         if '.gate.' in f'.{k}': continue
         for w in p.data.unbind() if p.dim()==3 else [p.data]: w.copy_(w.to(dtype))     # in place, one expert at a time
@@ -223,6 +226,7 @@ def check_recipe(
     if recipe['distill_steps']<0: raise BadInput(f"distill_steps is {recipe['distill_steps']}, it must not be negative")
     if not 0<=recipe['seed']<2**32: raise BadInput(f"seed is {recipe['seed']}, it must lie in 0..2**32-1")
     if recipe['dtype'] not in ('bfloat16', 'float16', 'float32'): raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
+    if recipe['states'] not in STATE_DTYPES: raise BadInput(f"states {recipe['states']!r} is none of {', '.join(STATE_DTYPES)}")
     slim_widths(c['n_routed_experts'], c['moe_intermediate_size'], c.get('n_shared_experts') or 0, recipe['keep'], recipe['shared_share'])
     kinds = [recipe['method'], *(b for b in recipe['baselines'] if b!=recipe['method'])]
     try: pruned_groups(max(1, round(c['n_routed_experts']*recipe['keep'])), c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
@@ -288,13 +292,14 @@ def run_layers(
     folder, n, h = writer.partial/'states', len(job.cal)+len(job.held), model.config.hidden_size
     fresh, names = run['layer'] is None, ['teacher', *kinds]
     coactivation(np.zeros((1, 1), np.int64), 1)                                # compiled here; in the loop, numba's compiler would leave cycles that hold a whole layer
-    streams = {k: Stream(k, folder, n, h, 0 if fresh else run['layer']) for k in names}
-    y = States(n, h, folder/'y')
+    dtype = STATE_DTYPES[job.recipe['states']]
+    streams = {k: Stream(k, folder, n, h, 0 if fresh else run['layer'], dtype) for k in names}
+    y = States(n, h, folder/'y', dtype)
     t = time.perf_counter()
     if fresh:
         for k,s in streams.items(): embed_tokens(ck, torch.cat([job.cal.ids, job.held.ids]), s.old, torch.float32 if k=='teacher' else job.dtype)
         writer.write(0, head_tensors(ck, job.dtype)); run['layer'] = 0
-    for i,layer in stream_layers(ck, model, run['layer'], device=job.device):
+    for i,layer in stream_layers(ck, model, run['layer'], device=job.device, budget=job.budget):
         job.bar.set_description(f'layer {i}: teacher'); t = job.stage('read', t)
         with torch.no_grad(): stats = teacher_layer(layer, streams['teacher'], y, job)
         round_weights(layer, job.dtype); t = job.stage('teacher', t); job.bar.update()
@@ -396,14 +401,15 @@ def plot_report(
 
 # %% ../nbs/08_pipeline.ipynb #81929f47
 def execute(
-    source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, # from `compress`
+    source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, budget, # from `compress`
 ) -> Run:
     "The run itself: layers, evaluation, report; at its end OUT appears."
     recipe, n = run['recipe'], len(cal)
     model = empty_model(source)
     with tqdm(total=model.config.num_hidden_layers*(1+len(kinds)), initial=(run['layer'] or 0)*(1+len(kinds)), disable=quiet, unit='pass', dynamic_ncols=True) as bar:
         job = Job(cal, held, recipe, device, getattr(torch, recipe['dtype']), model.model.rotary_emb, bar, run['seconds'],
-                  min(8192, 2**26//(model.config.hidden_size*model.config.num_experts_per_tok)))   # 0.27 GB for the outputs of a batch's routed pairs
+                  min(8192, 2**26//(model.config.hidden_size*model.config.num_experts_per_tok)),   # 0.27 GB for the outputs of a batch's routed pairs
+                  budget)
         streams = run_layers(source, model, kinds, writer, run, job)
         bar.set_description('evaluation')
         t = time.perf_counter()
@@ -416,7 +422,8 @@ def execute(
     for s in streams.values(): s.close()
     before, after = inspect(source), inspect(writer.close(student_config(source.config, run['block'], recipe['dtype']), source.folder))
     report = dict(source=dict(name=name, **before), student=after, recipe=recipe, kinds=kinds, sizes=kind_sizes(before, after, recipe, kinds),
-                  calibration=dict(tokens=cal.count(), sha256=cal.sha256), held_out=dict(tokens=held.count(), sha256=held.sha256),
+                  calibration=dict(tokens=cal.count(), sha256=cal.sha256, **cal.report),
+                  held_out=dict(tokens=held.count(), sha256=held.sha256, **held.report, also_in_calibration=held.shared(cal)),
                   fvu=run['fvu'], evaluation=results, seconds=run['seconds'], **peak_memory(), device=torch.cuda.get_device_name() if device=='cuda' else platform.processor() or platform.machine(),
                   versions=dict(moe_fuse=__version__, torch=torch.__version__, transformers=transformers.__version__, python=platform.python_version()),
                   date=time.strftime('%Y-%m-%d'))
@@ -431,9 +438,9 @@ def compress(
     src, out,               # teacher (folder, hub id or `demo`); folder to write
     keep=.25,               # share of the routed experts' weights that stays
     method='slim',          # one of `METHODS`
-    calibration='demo',     # `demo` or jsonl files divided by commas
+    calibration='demo',     # a mixture of sources, as `read_docs` takes it (01_sources)
     tokens=262144,          # calibration tokens, shared out over the domains
-    eval_data=None,         # held-out text; None takes `demo`
+    eval_data=None,         # held-out text, a mixture too; None takes `demo`
     eval_tokens=65536,      # at most
     shared_share=0.,        # share of the budget that becomes always-on neurons
     drift=.5,               # share of the distance to the teacher's stream that a layer is asked to make up for
@@ -441,26 +448,29 @@ def compress(
     lr=2e-3,                # of those
     baselines=('reap','mean'), # measured beside the student at the same bytes
     dtype='bfloat16',       # of the student's weights on disk
+    states='float32',       # what hidden states wait on disk in: float32, bfloat16 or float8
+    device_budget=None,     # bytes that a layer of the teacher may take on the device; None for no limit
     seed=0, device='auto', resume=False, quiet=False,
 ) -> Run:
     "Shrink a checkpoint and say what it cost."
     start, source = time.time(), Checkpoint(resolve_source(src))
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     recipe = dict(method=method, keep=keep, shared_share=shared_share, drift=drift, distill_steps=distill_steps, lr=lr, tokens=tokens, eval_tokens=eval_tokens,
-                  baselines=list(baselines), dtype=dtype, seed=seed)
+                  baselines=list(baselines), dtype=dtype, states=states, seed=seed)
     kinds = check_recipe(source, recipe)
     tok = load_tokenizer(source.folder)
-    cal = sample_tokens(read_docs(calibration), tok, tokens, seed=seed)
-    held = sample_tokens(read_docs(eval_data or 'demo', 'valid'), tok, eval_tokens)   # the same text for every seed
+    longest = min(512, source.config.get('max_position_embeddings') or 512)
+    cal = sample_tokens(read_docs(calibration, seed=seed), tok, tokens, longest, seed)
+    held = sample_tokens(read_docs(eval_data or 'demo', 'valid'), tok, eval_tokens, longest)   # the same text for every seed
     for t in cal, held:
         if t.ids.max() >= source.config['vocab_size']: raise BadInput(f'token {int(t.ids.max())} is outside the vocabulary of {source.config["vocab_size"]}')
     recipe |= dict(source=source_hash(source), text=calibration, eval_text=eval_data or 'demo', calibration=cal.sha256, held_out=held.sha256)
     writer = CheckpointWriter(out, source.config['num_hidden_layers']+1)
     run = open_run(writer, recipe, resume)
-    need, free_bytes = (2*len(kinds)+3)*(len(cal)+len(held))*source.config['hidden_size']*4, shutil.disk_usage(writer.partial).free
+    need, free_bytes = (2*len(kinds)+3)*(len(cal)+len(held))*state_bytes(source.config['hidden_size'], STATE_DTYPES[states]), shutil.disk_usage(writer.partial).free
     try:
         if run['layer'] is None and need > free_bytes: raise BadInput(f'{out}: the states of {len(cal)+len(held):,} tokens need {need/1e9:.1f} GB of disk, {free_bytes/1e9:.1f} GB are free')
-        return execute(source, str(src), writer, run, kinds, cal, held, device, quiet)
+        return execute(source, str(src), writer, run, kinds, cal, held, device, quiet, device_budget)
     except (BadInput, OSError):
         writer.remove()
         raise

@@ -55,6 +55,17 @@ def test_no_expert_is_dead():
     load = json.loads((folder/'training.json').read_text())['teacher']
     assert max(load['load_max_over_mean']['train'])<1.5 and min(load['load_min_over_mean']['train'])>.5
 
+def test_leads_over_the_twins():
+    "Each more than two standard errors, and what the losses beside them say: three figures rounded to 4 digits differ by at most 1.5e-4"
+    info = json.loads((folder/'training.json').read_text())
+    twins = {(t['kind'], t['weight_decay'], t['seed']): {**t['valid'], 'train': t['train']} for t in info['twins']}
+    decay = {'equal': 1.5, 'own best': 1.}
+    assert len(info['gaps'])==12
+    for g in info['gaps']:
+        lead = twins['dense', decay[g['recipe']], g['seed']][g['domain']] - twins['moe', 1.5, g['seed']][g['domain']]
+        assert abs(g['mean']-lead)<1.6e-4, g
+    for g in [*info['gaps'], *info['gap'].values()]: assert g['mean']>2*g['standard_error'], g
+
 def test_nothing_private():
     for p in folder.iterdir():
         if p.suffix in ('.json', '.md', '.jinja') and p.name!='tokenizer.json': assert not re.search(r'(?<![\w<|])/(work|root|home|tmp|Users)/', p.read_text(encoding='utf-8')), p.name

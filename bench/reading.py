@@ -1,0 +1,72 @@
+"""How fast are weights unpacked and layers read, against a plain copy, AutoAWQ's own code, and safetensors?
+
+    python bench/reading.py            # on a GPU if there is one, else on the CPU
+
+Unpacking moves the packed bytes in and the floats out; the ceiling is a copy on the same device that moves as many bytes. On a CPU the peer is
+`awq.utils.packing_utils.dequantize_gemm` (AutoAWQ, if it is installed). Reading is timed from the page cache, against `safetensors.torch.load_file` of the same bytes.
+Every ratio is made of medians of alternating repeats in this one run.
+"""
+import statistics, sys, tempfile, time, warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe_fuse.awq_loading import *
+from moe_fuse.headers import *
+
+cuda = torch.cuda.is_available()
+device = 'cuda' if cuda else 'cpu'
+
+def seconds(f, n=20):
+    "Of one call; on a GPU between events, a hundred calls in a row, so that launches overlap as they do in use"
+    if not cuda: t = time.perf_counter(); f(); return time.perf_counter()-t
+    a, b = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    a.record()
+    for _ in range(n): f()
+    b.record(); b.synchronize()
+    return a.elapsed_time(b)/1e3/n
+
+def medians(*fs, repeats=15):
+    "Median seconds of each, taken in turns after one warm-up"
+    for f in fs: f(); f()
+    rows = [[seconds(f) for f in fs] for _ in range(repeats)]
+    return [statistics.median(r) for r in zip(*rows)]
+
+def autoawq():
+    with warnings.catch_warnings(record=True):
+        try: from awq.utils.packing_utils import dequantize_gemm
+        except ImportError: return None
+    return dequantize_gemm
+
+def unpacking(o, i, dtype):
+    print(f'\nunpacking [{o}, {i}] to {str(dtype)[6:]} on {torch.cuda.get_device_name() if cuda else f"the CPU, {torch.get_num_threads()} threads"}')
+    w = torch.randn(o, i, device=device)*.02
+    for name,parts,f in (('FP8 128x128', quantize_fp8(w), dequantize_fp8), ('AWQ group 128', quantize_awq(w, 128), dequantize_awq), ('AWQ group 64', quantize_awq(w, 64), dequantize_awq)):
+        nbytes = sum(p.nbytes for p in parts) + o*i*dtype.itemsize
+        src = torch.empty(nbytes//2, dtype=torch.uint8, device=device).random_(); dst = torch.empty_like(src)
+        fs = [lambda: f(*parts, dtype=dtype), lambda: dst.copy_(src)]
+        if (peer := autoawq()) and not cuda and name.startswith('AWQ'): fs.append(lambda: peer(*parts, 4, i//len(parts[2])))
+        t, copy, *rest = medians(*fs)
+        print(f'  {name:<14} {t*1e6:10,.0f} us, {nbytes/t/1e9:8,.1f} GB/s, {copy/t:6.1%} of a copy of as many bytes' + (f', {rest[0]/t:.1f} times as fast as AutoAWQ' if rest else ''))
+
+def reading(n_layers=6):
+    "Bfloat16 layers of 32 experts in shards of their own"
+    with tempfile.TemporaryDirectory() as d:
+        demo, c = Checkpoint(resolve_source('demo')), None
+        c = {k:v for k,v in demo.config.items() if k!='quantization_config'} | dict(hidden_size=1024, moe_intermediate_size=512)
+        (Path(d)/'config.json').write_text(__import__('json').dumps(c))
+        experts = {f'model.layers.1.mlp.experts.{e}.{k}_proj.weight': torch.randn(*((512, 1024) if k!='down' else (1024, 512))).bfloat16() for e in range(32) for k in ('gate','up','down')}
+        save_file(experts, Path(d)/'model.safetensors')
+        ck = Checkpoint(d)
+        def ours(): out = load_experts(ck, 'model.layers.1.mlp.experts.', (32, 1024, 1024), torch.bfloat16, device); ck.release(); return out
+        def theirs(): return load_file(Path(d)/'model.safetensors', device=device)
+        def copied(): return {k: v.clone() for k,v in load_file(Path(d)/'model.safetensors', device=device).items()}  # mapped pages are not yet read
+        a, b, c = medians(ours, theirs, copied)
+        print(f'\nreading {sum(v.nbytes for v in experts.values())/1e6:.0f} MB of experts, checked for NaN and stacked: {a*1e3:.1f} ms, {a/b:.2f} times load_file'
+              + ('' if cuda else f' (which only maps the file) and {a/c:.2f} times load_file with its pages read'))
+
+print(f'torch {torch.__version__}, Python {sys.version.split()[0]}')
+for o,i in ((2048, 7168), (7168, 18432)) if cuda else ((2816, 2048),):
+    for dtype in (torch.bfloat16, torch.float32): unpacking(o, i, dtype)
+reading()
