@@ -305,7 +305,8 @@ def empty_model(
 ): # a `transformers` causal language model without weights, in eval mode
     "Build the model on the meta device."
     check_supported(ck.config)
-    config = CONFIG_MAPPING[ck.config['model_type']].from_dict({k:v for k,v in ck.config.items() if k not in ('quantization_config', 'auto_map', 'dtype', 'torch_dtype')})
+    kind = stock_type(ck.config)
+    config = CONFIG_MAPPING[kind].from_dict({k:v for k,v in ck.config.items() if k not in ('quantization_config', 'auto_map', 'dtype', 'torch_dtype')} | dict(model_type=kind))
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval().requires_grad_(False)
@@ -317,7 +318,10 @@ def expert_names(
     n:int,         # experts
 ) -> list: # [n] dicts: `gate_up_proj` -> [gate, up], `down_proj` -> [down]
     "Names of the weights that make up each expert."
-    return [dict(gate_up_proj=[f'{prefix}{e}.{k}_proj.weight' for k in ('gate','up')], down_proj=[f'{prefix}{e}.down_proj.weight']) for e in range(n)]
+    family = check_supported(ck.config); prefix = disk_name(prefix, family)
+    if prefix+'gate_up_proj' in ck: raise BadInput(f'{ck.folder}: {prefix}gate_up_proj holds all experts of a layer, which have no names of their own; it is read whole or not at all')
+    gate, up, down = (f'.{k}.weight' for k in family.matrices)
+    return [dict(gate_up_proj=[f'{prefix}{e}{gate}', f'{prefix}{e}{up}'], down_proj=[f'{prefix}{e}{down}']) for e in range(n)]
 
 def load_experts(
     ck:Checkpoint,  # where from
@@ -327,7 +331,6 @@ def load_experts(
 ): # (gate_up [N, 2I, H], down [N, H, I])
     "Stack the experts of one layer, gate rows first."
     n, ii, h = gate_up_shape
-    if prefix+'gate_up_proj' in ck: return tuple(ck.weight(prefix+k, dtype, device) for k in ('gate_up_proj', 'down_proj'))
     out = {k: torch.empty(s, dtype=dtype, device=device) for k,s in dict(gate_up_proj=(n, ii, h), down_proj=(n, h, ii//2)).items()}
     names = expert_names(ck, prefix, n)
     for first in range(0, n, 8):                                               # eight at a time, so that one is read while another is unpacked
@@ -352,14 +355,14 @@ def load_module(
     device='cpu',
 ) -> nn.Module: # `module`
     "Give one module its weights."
-    state, prefix = {}, prefix+'.'
+    state, family = {}, check_supported(ck.config)
     for k,p in module.state_dict().items():
-        if k.endswith('experts.gate_up_proj'):
-            pre = k.removesuffix('gate_up_proj')
-            state[k], state[pre+'down_proj'] = load_experts(ck, prefix+pre, p.shape, dtype, device)
-        elif not k.endswith('experts.down_proj'):
-            state[k] = ck.weight(prefix+k, torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
-            if state[k].shape != p.shape: raise BadInput(f'{ck.folder}: {prefix}{k} is {list(state[k].shape)}, the config says {list(p.shape)}')
+        name = disk_name(f'{prefix}.{k}', family)
+        if k.endswith('experts.gate_up_proj') and name not in ck and family.matrices:
+            state[k], state[k.replace('gate_up', 'down')] = load_experts(ck, name.removesuffix('gate_up_proj'), p.shape, dtype, device)
+        elif k not in state:
+            state[k] = ck.weight(name, torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
+            if state[k].shape != p.shape: raise BadInput(f'{ck.folder}: {name} is {list(state[k].shape)}, the config says {list(p.shape)}')
     module.load_state_dict(state, assign=True)
     ck.release()
     return module.requires_grad_(False)

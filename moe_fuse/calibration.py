@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MIN_TOKENS', 'STATE_DTYPES', 'TokenSet', 'sample_tokens', 'state_bytes', 'encode_states', 'decode_states', 'States',
-           'pad', 'unpad', 'padded_sdpa', 'attend', 'layer_forward', 'stream_layers', 'embed_tokens', 'last_layer',
-           'block_inputs', 'read_docs', 'read_jsonl', 'load_tokenizer', 'encode']
+           'pad', 'unpad', 'window_of', 'padded_sdpa', 'attend', 'layer_forward', 'stream_layers', 'embed_tokens',
+           'last_layer', 'block_inputs', 'read_docs', 'read_jsonl', 'load_tokenizer', 'encode']
 
 # %% ../nbs/01_calibration.ipynb #69267a1c
 import hashlib, json, os, random
@@ -159,16 +159,35 @@ def unpad(
     return x[torch.arange(x.shape[1], device=x.device) < torch.tensor(lengths, device=x.device)[:,None]]
 
 # %% ../nbs/01_calibration.ipynb #1e881ceb
+def window_of(
+    attn, # a layer's attention module
+): # its sliding window in tokens, or None
+    "How far back one layer looks; a config key that its own class doesn't know is not looked at, as in `transformers`."
+    c = getattr(attn, 'config', None)
+    window = getattr(c, 'sliding_window', None) if hasattr(type(c), 'sliding_window') else None
+    types = getattr(c, 'layer_types', None)
+    return window or None if types is None or types[attn.layer_idx]=='sliding_attention' else None
+
 def padded_sdpa(
-    module, query, key, # unused; [B, heads, L, d], [B, heads, L, d]
-    value,              # [B, heads, L, d_v], d_v <= d
-    attention_mask,     # unused: padding stands on the right
-    scaling=None,       # of the scores; None means d**-.5
+    module, query, # the attention module, for its window; [B, heads, L, d]
+    key,           # [B, heads/n, L, d], each shared by n query heads
+    value,         # [B, heads/n, L, d_v], d_v <= d
+    attention_mask, # unused: padding stands on the right
+    scaling=None,  # of the scores; None means d**-.5
+    s_aux=None,    # [heads] logits of the sinks
     **kwargs,
 ): # ([B, L, heads, d_v], None)
-    "Causal attention for `transformers` with values padded to the width of the keys."
+    "Causal attention for `transformers`, exact with shared keys, sliding windows and sinks."
+    (heads, n), window, mask = query.shape[1:3], window_of(module), None
     v = nn.functional.pad(value, (0, query.shape[-1]-value.shape[-1]))
-    out = nn.functional.scaled_dot_product_attention(query, key, v, is_causal=True, scale=scaling)
+    if heads>key.shape[1]: key, v = (t.repeat_interleave(heads//t.shape[1], 1) for t in (key, v))
+    if s_aux is not None or (window and window<n):
+        ago = torch.arange(n, device=query.device)[:,None] - torch.arange(n, device=query.device)   # how long ago each token was
+        mask = torch.where((ago>=0) & (ago<(window or n)), 0., -torch.inf).to(query.dtype)
+    if s_aux is not None:
+        mask = torch.cat([mask.expand(heads, n, n), s_aux[:,None,None].to(mask.dtype).expand(heads, n, 1)], 2)[None]
+        key, v = (nn.functional.pad(t, (0,0,0,1)) for t in (key, v))
+    out = nn.functional.scaled_dot_product_attention(query, key, v, mask, is_causal=mask is None, scale=scaling)
     return out[...,:value.shape[-1]].transpose(1, 2), None
 
 AttentionInterface.register('padded_sdpa', padded_sdpa)
@@ -191,7 +210,8 @@ def layer_forward(
 ) -> torch.Tensor: # [T, H] states that leave the layer
     "One whole decoder layer on flat rows."
     h = attend(layer, h, lengths, rotary)
-    return h + layer.mlp(layer.post_attention_layernorm(h))
+    y = layer.mlp(layer.post_attention_layernorm(h)[None])
+    return h + (y[0] if isinstance(y, tuple) else y)[0]                        # gpt-oss hands out its router's scores too
 
 # %% ../nbs/01_calibration.ipynb #ab239560
 def stream_layers(

@@ -79,8 +79,8 @@ def pass_layer(
         p, s = route(moe, x), fresh()
         act = expert_hidden(moe.experts, x, p)
         f = grouped_linear(act, moe.experts.down_proj, p.counts)
-        s.update(moe.experts, act, f, p, moe.config.num_experts_per_tok)
-        new.write(a, h + combine(f, p, len(x)) + moe.shared_experts(x))
+        s.update(moe.experts, act, f, p, moe.experts.config.num_experts_per_tok)
+        new.write(a, h + combine(f, p, len(x)) + shared_output(moe, x))
         total += s
     max_tokens = each_batch(tokens, batch, max_tokens)
     if total: vars(total).update({k: v.cpu() for k,v in vars(total).items()})

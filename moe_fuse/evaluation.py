@@ -28,10 +28,10 @@ def compare(
     has_next[lengths.cumsum(0)-1] = False                                      # the last token of a sequence predicts nothing
     sums, step = torch.zeros(len(domains), 4, dtype=torch.float64), max(64, 2**24//teacher(0, 1).shape[1])
     for a in range(0, len(tokens), step):
-        t, s = (f(a, min(a+step, len(tokens))).float().log_softmax(-1).cpu() for f in (teacher, student))
-        to, ok = nxt[a:a+step,None], has_next[a:a+step]
+        t, s = (f(a, min(a+step, len(tokens))).float().log_softmax(-1) for f in (teacher, student))
+        to, ok = nxt[a:a+step,None].to(t.device), has_next[a:a+step]
         rows = [-t.gather(1, to)[:,0], -s.gather(1, to)[:,0], (t.exp()*(t-s)).sum(-1), (t.argmax(-1)==s.argmax(-1)).float()]
-        sums.index_add_(0, domain[a:a+step][ok], torch.stack(rows, 1)[ok].double())
+        sums.index_add_(0, domain[a:a+step][ok], torch.stack(rows, 1).cpu()[ok].double())
     n = domain[has_next].bincount(minlength=len(domains)).tolist()
     res = {d: dict(zip(names, (r/max(c, 1)).tolist())) | dict(tokens=c) for d,r,c in zip(domains, sums, n)}
     return res | dict(mean={k: sum(r[k] for r in res.values())/len(res) for k in names} | dict(tokens=sum(n)))

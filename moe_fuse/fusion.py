@@ -38,16 +38,18 @@ def take_neurons(
 def slim_widths(
     n_experts:int,    # N
     width:int,        # I, neurons of one expert
-    n_shared:int,     # shared experts, each as wide as a routed one
+    n_shared,         # shared experts, each as wide as a routed one; None where there is none to widen
     keep:float,       # share of the routed neurons that stays, 0 < keep <= 1
     shared_share=0.,  # share of those that becomes always-on, 0 <= shared_share < 1
 ): # (r, always-on neurons, n_shared_experts of the new config)
     "The widest stock layer within the budget N*I*keep."
     if not 0<keep<=1: raise BadInput(f'keep is {keep}, it must lie in (0, 1]')
     if not 0<=shared_share<1: raise BadInput(f'shared_share is {shared_share}, it must lie in [0, 1)')
+    if n_shared is None and shared_share: raise BadInput(f'shared_share is {shared_share}, but this model has no shared expert to widen')
     if keep==1 and not shared_share: return width, 0, n_shared
     budget = int(n_experts*width*keep + 1e-6)
     for r in range(int(budget*(1-shared_share)/n_experts + 1e-6)//8*8, 0, -8):
+        if n_shared is None: return r, 0, None
         new = (n_shared*width + budget - n_experts*r)//r                       # shared experts of width r that the rest pays for
         if new*r >= n_shared*width: return r, new*r-n_shared*width, new
     raise BadInput(f'keep is {keep}, which leaves less than 8 neurons an expert')

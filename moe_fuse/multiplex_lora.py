@@ -24,7 +24,7 @@ def with_config(
     **changes,     # to its config
 ) -> nn.Module: # a block of the same class on the meta device
     "The same kind of block in another size."
-    config = copy.deepcopy(moe.config)
+    config = copy.deepcopy(moe.experts.config)
     for k,v in changes.items(): setattr(config, k, v)
     with torch.device('meta'): return type(moe)(config).eval()
 
@@ -36,8 +36,9 @@ def fill(
     moe.load_state_dict({k.replace('__','.'):v for k,v in state.items()}, assign=True)
     return moe.requires_grad_(False)
 
-def _gate(moe): return {f'gate__{k}':v for k,v in moe.gate.state_dict().items()}
-def _shared(moe): return {f'shared_experts__{k.replace(".","__")}':v.clone() for k,v in moe.shared_experts.state_dict().items()}
+def _rest(moe):
+    "Router and shared expert of a block, the latter copied"
+    return {k: v if k.startswith('gate.') else v.clone() for k,v in moe.state_dict().items() if not k.startswith('experts.')}
 
 # %% ../nbs/04_multiplex_lora.ipynb #b4038c80
 def _rows(w, e, r): # [N, rows, H], [n], [n] -> [n, H]
@@ -53,15 +54,19 @@ def slim_moe(
     shared_share=0.,         # share of those that becomes always-on
 ) -> nn.Module: # a stock block with narrower experts and perhaps a wider shared expert
     "Cut every expert to its most useful neurons; nothing is fitted yet."
-    (n, _, i), s = moe.experts.down_proj.shape, moe.shared_experts
-    r, on, n_shared = slim_widths(n, i, s.gate_proj.out_features//i, keep, shared_share)
+    (n, _, i), w, s, f = moe.experts.down_proj.shape, moe.experts, shared_expert(moe), FAMILIES[moe.experts.config.model_type]
+    counted, old = f.shared=='n_shared_experts', s.gate_proj.out_features if s else 0   # counted in experts' widths, or in neurons
+    r, on, n_shared = slim_widths(n, i, None if s is None else old//i if counted else 0, keep, shared_share)
     idx = choose_neurons(usefulness, r)
-    gate_up, down = take_neurons(moe.experts, idx)
-    (e, j), w = choose_always_on(usefulness, idx, on), moe.experts
-    return fill(with_config(moe, moe_intermediate_size=r, n_shared_experts=n_shared), **_gate(moe), experts__gate_up_proj=gate_up, experts__down_proj=down,
-                shared_experts__gate_proj__weight=torch.cat([s.gate_proj.weight, _rows(w.gate_up_proj, e, j)]),
-                shared_experts__up_proj__weight=torch.cat([s.up_proj.weight, _rows(w.gate_up_proj, e, i+j)]),
-                shared_experts__down_proj__weight=torch.cat([s.down_proj.weight, down.new_zeros(len(s.down_proj.weight), on)], 1))  # the fit says what they are for
+    gate_up, down = take_neurons(w, idx)
+    state, size = _rest(moe) | {'experts.gate_up_proj': gate_up, 'experts.down_proj': down}, {f.width: r}
+    if s is not None:
+        name, (e, j) = next(k for k,m in moe.named_children() if m is s), choose_always_on(usefulness, idx, on)
+        state[f'{name}.gate_proj.weight'] = torch.cat([s.gate_proj.weight, _rows(w.gate_up_proj, e, j)])
+        state[f'{name}.up_proj.weight'] = torch.cat([s.up_proj.weight, _rows(w.gate_up_proj, e, i+j)])
+        state[f'{name}.down_proj.weight'] = torch.cat([s.down_proj.weight, down.new_zeros(len(s.down_proj.weight), on)], 1)   # the fit says what they are for
+        size[f.shared] = n_shared if counted else old+on
+    return fill(with_config(moe, **size), **state)
 
 # %% ../nbs/04_multiplex_lora.ipynb #eb36be9d
 def pruned_moe(
@@ -70,12 +75,12 @@ def pruned_moe(
     n_keep:int,            # experts that stay
 ) -> nn.Module: # a stock block with fewer experts
     "Drop the least salient experts of each router group."
-    c, v3 = moe.config, 'e_score_correction_bias' in moe.gate.state_dict()
-    grouped = v3 or c.topk_method=='group_limited_greedy'
+    c = moe.experts.config
+    grouped = 'e_score_correction_bias' in moe.gate.state_dict() or getattr(c, 'topk_method', None)=='group_limited_greedy'
     n_group, topk_group = pruned_groups(n_keep, *((c.n_group, c.topk_group) if grouped else (1, 1)), c.num_experts_per_tok)
     ids = prune_experts(saliency, n_keep, n_group).to(moe.gate.weight.device)
-    size = dict(n_routed_experts=n_keep) | (dict(n_group=n_group, topk_group=topk_group) if grouped else {})
-    return fill(with_config(moe, **size), **{k:v[ids] for k,v in _gate(moe).items()}, **_shared(moe),
+    size = {FAMILIES[c.model_type].experts: n_keep} | (dict(n_group=n_group, topk_group=topk_group) if grouped else {})
+    return fill(with_config(moe, **size), **{k: v[ids] if k.startswith('gate.') else v for k,v in _rest(moe).items()},
                 experts__gate_up_proj=moe.experts.gate_up_proj[ids], experts__down_proj=moe.experts.down_proj[ids])
 
 # %% ../nbs/04_multiplex_lora.ipynb #324bfbc6
@@ -96,7 +101,9 @@ class FusedMoE(nn.Module):
         if mode not in MODES: raise ValueError(f'mode {mode!r} is none of {", ".join(MODES)}')
         if groups.min()<0 or groups.max()>=e: raise ValueError(f'groups name cores {int(groups.min())}..{int(groups.max())}, there are {e}')
         if rank>min(h, i): raise ValueError(f'rank {rank} is above {min(h, i)}, the rank of the projections')
-        self.gate, self.shared_experts, self.act_fn = moe.gate, copy.deepcopy(moe.shared_experts), moe.experts.act_fn
+        self.gate, self.act_fn = moe.gate, moe.experts.act_fn
+        for k,m in moe.named_children():
+            if k.startswith('shared_expert'): setattr(self, k, copy.deepcopy(m))
         self.mode, self.rank = mode, rank if mode!='cores' else 0
         self.groups = nn.Buffer(groups.to(down.device))
         self.gate_up_proj, self.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
@@ -183,7 +190,7 @@ def forward(self:FusedMoE,
     p = sort_pairs(indices, weights, len(self.groups))
     q = core_pairs(p, self.groups, len(self.down_proj), len(flat))
     y = (self.exact if self.mode=='exact' else self.mixture)(flat, p, q)
-    return (y + self.shared_experts(flat)).view(x.shape)
+    return (y + shared_output(self, flat)).view(x.shape)
 
 # %% ../nbs/04_multiplex_lora.ipynb #bbdb7b71
 def block_forward(

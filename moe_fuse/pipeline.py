@@ -10,6 +10,7 @@ __all__ = ['KINDS', 'METHODS', 'Stream', 'Job', 'teacher_layer', 'Targets', 'bui
 
 # %% ../nbs/08_pipeline.ipynb #5c91f6ed
 import hashlib, json, platform, resource, shutil, sys, time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,8 +86,8 @@ def teacher_layer(
         p = route(moe, x)
         act = expert_hidden(moe.experts, x, p)
         f = grouped_linear(act, moe.experts.down_proj, p.counts)
-        if b <= len(job.cal): stats.update(moe.experts, act, f, p, moe.config.num_experts_per_tok)
-        out = combine(f, p, len(x)) + moe.shared_experts(x)
+        if b <= len(job.cal): stats.update(moe.experts, act, f, p, moe.experts.config.num_experts_per_tok)
+        out = combine(f, p, len(x)) + shared_output(moe, x)
         y.write(a, out); s.new.write(a, h+out)
     return stats
 
@@ -129,15 +130,16 @@ def fit_down(
     job:Job,
 ):
     "The joint ridge solve on the student's own states (03_fusion)."
-    s = moe.shared_experts
-    fit = JointRidge(moe.experts.down_proj, s.down_proj.weight)
+    s, d = shared_expert(moe), moe.experts.down_proj
+    fit = JointRidge(d, s.down_proj.weight if s else d.new_zeros(d.shape[1], 0))
     step = max(256, 2**25//len(fit.d0))                                        # tokens whose dense features are held at once
     for a,b,_ in job.batches(held=False):
         for x,y in zip(*(t.split(step) for t in targets.for_student(a, b))):
             p = route(moe, x)
             fit.add(expert_hidden(moe.experts, x, p), p, shared_hidden(moe, x), y)
-    try: moe.experts.down_proj.data, s.down_proj.weight.data = fit.solve()
+    try: d.data, shared = fit.solve()
     except torch.linalg.LinAlgError as e: raise BadInput(f'the fit has no solution on this calibration text ({str(e).splitlines()[0]})') from None
+    if s: s.down_proj.weight.data = shared
 
 def distill_block(
     moe:nn.Module, targets:Targets, job:Job, steps:int,
@@ -156,7 +158,7 @@ def distill_block(
 @torch.no_grad()
 def routed_fvu(
     moe:nn.Module,    # student's block
-    shared:nn.Module, # the teacher's shared expert
+    shared,           # function of x that gives the teacher's shared output
     targets:Targets, job:Job,
 ) -> float:
     "Fraction of variance of the teacher's routed output that the student, on its own states, leaves unexplained."
@@ -193,7 +195,7 @@ def student_layer(
         s.new.write(a, h if stats else h+layer.mlp(layer.post_attention_layernorm(h)))
     t = job.stage(f'{kind}: attention', t)
     if stats is None: return None, {}
-    moe, shared = build(kind, layer.mlp, stats, job.recipe), layer.mlp.shared_experts
+    moe, shared = build(kind, layer.mlp, stats, job.recipe), partial(shared_output, layer.mlp)
     found = {'built': routed_fvu(moe, shared, targets, job)}
     t = job.stage(f'{kind}: build', t)
     if kind=='slim':
@@ -219,7 +221,8 @@ def check_recipe(
     recipe:dict,   # arguments of `compress`
 ) -> list: # kinds to make, the student first; a baseline that can't exist at this size is left out
     "Refuse what can't work, before it costs anything."
-    c = ck.config; check_supported(c)
+    c, f = ck.config, check_supported(ck.config); n = c[experts_key(c)]
+    if not f.matrices: raise BadInput(f"model_type {c['model_type']!r} can be inspected and evaluated but not shrunk: its experts have biases, which a slim layer doesn't fit")
     if recipe['method'] not in METHODS: raise BadInput(f"method {recipe['method']!r} is none of {', '.join(METHODS)}")
     for b in recipe['baselines']:
         if b not in ('reap', 'mean'): raise BadInput(f'baseline {b!r} is neither reap nor mean')
@@ -227,9 +230,9 @@ def check_recipe(
     if not 0<=recipe['seed']<2**32: raise BadInput(f"seed is {recipe['seed']}, it must lie in 0..2**32-1")
     if recipe['dtype'] not in ('bfloat16', 'float16', 'float32'): raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
     if recipe['states'] not in STATE_DTYPES: raise BadInput(f"states {recipe['states']!r} is none of {', '.join(STATE_DTYPES)}")
-    slim_widths(c['n_routed_experts'], c['moe_intermediate_size'], c.get('n_shared_experts') or 0, recipe['keep'], recipe['shared_share'])
+    slim_widths(n, c[f.width], None if not f.shared else c.get('n_shared_experts') or 0, recipe['keep'], recipe['shared_share'])
     kinds = [recipe['method'], *(b for b in recipe['baselines'] if b!=recipe['method'])]
-    try: pruned_groups(max(1, round(c['n_routed_experts']*recipe['keep'])), c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
+    try: pruned_groups(max(1, round(n*recipe['keep'])), c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
     except BadInput:
         if recipe['method']=='reap': raise
         kinds = [k for k in kinds if k!='reap']
@@ -269,16 +272,15 @@ def router_dtype(
     ck:Checkpoint, i:int, # layer
 ): # torch.dtype, or None where the layer has no router or a quantised one
     "The dtype the router's weight is stored in; a student's router keeps it."
-    k = f'model.layers.{i}.mlp.gate.weight'
+    k = disk_name(f'model.layers.{i}.mlp.gate.weight', check_supported(ck.config))
     return {'BF16':torch.bfloat16, 'F16':torch.float16, 'F32':torch.float32}.get(ck[k].dtype) if k in ck else None
 
 def block_sizes(
     moe:nn.Module, # a stock block
 ) -> dict: # entries of config.json
     "Sizes of a student's block as config.json names them."
-    c = moe.config
-    return dict(moe_intermediate_size=c.moe_intermediate_size, n_shared_experts=c.n_shared_experts, n_routed_experts=c.n_routed_experts,
-                n_group=c.n_group, topk_group=c.topk_group)
+    c = moe.experts.config; f = FAMILIES[c.model_type]
+    return {k: getattr(c, k) for k in (f.width, f.experts, f.shared, 'n_group', 'topk_group') if hasattr(c, k)}
 
 # %% ../nbs/08_pipeline.ipynb #25891a4b
 def run_layers(
@@ -354,7 +356,7 @@ def kind_sizes(
     out = dict(teacher=row(t['routed experts'], t['routed experts']*k//n))
     for kind in kinds:
         if kind=='slim':
-            on = s['shared experts']-t['shared experts']
+            on = s.get('shared experts', 0) - t.get('shared experts', 0)
             out[kind] = row(s['routed experts']+on, s['routed experts']*k//n+on)
         elif kind=='reap': out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*k//n, n_keep/n)
         else: out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*min(k, n_keep)//n)

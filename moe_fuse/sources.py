@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
-from transformers import AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoTokenizer
 
 from .headers import *
 from .stdlib_text import stdlib_docs
@@ -178,8 +178,10 @@ def load_tokenizer(
     folder, # of a checkpoint
 ): # a `transformers` tokenizer
     "The tokenizer of a checkpoint, or one line that says why there is none."
-    try: return AutoTokenizer.from_pretrained(folder)
-    except (ValueError, OSError, KeyError, TypeError) as e: raise BadInput(f'{folder}: no tokenizer that can be read ({str(e).splitlines()[0]})') from None
+    file = Path(folder)/'config.json'; config = read_json(file) if file.exists() else {}
+    kw = dict(config=CONFIG_MAPPING[stock_type(config)]()) if config.get('model_type')=='kimi_k2' else {}   # `transformers` doesn't know the name
+    try: return AutoTokenizer.from_pretrained(folder, **kw)
+    except (ValueError, OSError, KeyError, TypeError, AttributeError) as e: raise BadInput(f'{folder}: no tokenizer that can be read ({str(e).splitlines()[0]})') from None
 
 def render(
     doc:dict,  # one document

@@ -104,11 +104,11 @@ def test_weights_that_are_not_of_the_configs_size(src, tmp_path, texts, capfd):
         refused(run(src, tmp_path, texts), capfd, name, watch=[tmp_path])
         (src/'config.json').write_text(old)
 
-@pytest.mark.parametrize('kind', ['mixtral', 'deepseek_v32', None])
+@pytest.mark.parametrize('kind', ['llama4', 'deepseek_v32', None])
 def test_unsupported_architecture_names_those_supported(kind, src, tmp_path, texts, capfd):
     rewrite(src, lambda d: d.update(model_type=kind))
     for argv in run(src, tmp_path, texts), ['inspect', src], ['eval', src, '--against', src, '--data', texts[1]]:
-        refused(argv, capfd, repr(kind), 'deepseek_v2', 'deepseek_v3', watch=[tmp_path])
+        refused(argv, capfd, repr(kind), 'deepseek_v2', 'deepseek_v3', 'qwen3_moe', 'gpt_oss', watch=[tmp_path])
 
 @pytest.mark.parametrize('key', ['num_hidden_layers', 'n_routed_experts', 'moe_intermediate_size', 'num_experts_per_tok', 'vocab_size'])
 def test_config_without_a_size_names_it(key, src, tmp_path, texts, capfd):

@@ -1,5 +1,5 @@
 "Tiny random DeepSeek checkpoints for the tests, packed by hand: nothing here is taken from the library under test."
-import json, shutil
+import json, random, shutil
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
@@ -114,9 +114,10 @@ def shard_bytes(folder): return {f.name: f.read_bytes() for f in sorted(Path(fol
 DEMO = dict(keep=.25, tokens=4096, eval_tokens=2048)
 
 def write_texts(folder):
-    "Two domains, `code` and `chat`, of this package's own sources as jsonl: (calibration, held-out) as `compress` takes them."
+    "Two domains, `code` and `chat`, of the license's words as jsonl: (calibration, held-out) as `compress` takes them. Text that an edit of the sources changed would now and then put a token on a router's tie."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    parts = [t[i:i+700] for f in sorted((root/'moe_fuse').glob('*.py')) for t in [f.read_text(encoding='utf-8')] for i in range(0, len(t), 700)]
+    words, rng = (root/'LICENSE').read_text(encoding='utf-8').split(), random.Random(0)
+    parts = [' '.join(rng.choices(words, k=120)) for _ in range(240)]
     for split,docs in (('train', parts[::2]), ('valid', parts[1::2])):
         (folder/f'code.{split}.jsonl').write_text(''.join(json.dumps(dict(text=t))+'\n' for t in docs[::2]))
         chats = [[dict(role='user', content=t[:200]), dict(role='assistant', content=t[200:])] for t in docs[1::2]]
