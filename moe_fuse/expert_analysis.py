@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Pairs', 'sort_pairs', 'route', 'grouped_linear', 'expert_hidden', 'combine', 'shared_expert', 'shared_gate',
-           'shared_hidden', 'shared_output', 'moe_forward', 'coactivation_numpy', 'coactivation', 'LayerStats',
-           'energy_kept']
+           'shared_hidden', 'shared_output', 'moe_forward', 'coactivation_numpy', 'coactivation', 'coactivation_torch',
+           'pair_sums_numpy', 'pair_sums', 'in_router_order', 'routed_cosines', 'output_similarity', 'LayerStats',
+           'sum_by_expert', 'energy_kept', 'ExpertStats']
 
 # %% ../nbs/02_expert_analysis.ipynb #c0140abd
 from typing import NamedTuple
@@ -31,8 +32,11 @@ def sort_pairs(
     n_experts:int,        # N
 ) -> Pairs:
     "Sort the pairs by expert; equal experts keep the order of their tokens."
+    if indices.dim()!=2 or indices.shape!=weights.shape: raise ValueError(f'router ids {list(indices.shape)} and weights {list(weights.shape)} are not both [T, k]')
     expert, order = indices.flatten().sort(stable=True)
-    return Pairs(order//indices.shape[1], expert, weights.flatten()[order].float(), expert.bincount(minlength=n_experts).tolist(), order)
+    counts = expert.bincount(minlength=n_experts).tolist()
+    if len(counts)>n_experts: raise ValueError(f'expert id {len(counts)-1} lies outside 0..{n_experts-1}')
+    return Pairs(order//indices.shape[1], expert, weights.flatten()[order].float(), counts, order)
 
 def route(
     moe:nn.Module,  # a routed block of any family
@@ -122,24 +126,120 @@ def coactivation_numpy(
     indices:np.ndarray, # [T, k] integers
     n_experts:int,      # N
 ) -> np.ndarray: # [N, N] int64
-    "Count pairs of experts chosen together, by one-hot rows."
+    "Count pairs of experts chosen together, by one-hot rows; exact up to 2^24 tokens."
     hot = np.zeros((len(indices), n_experts), np.float32)
     np.put_along_axis(hot, indices, 1, 1)
     return (hot.T @ hot).astype(np.int64)
 
 # %% ../nbs/02_expert_analysis.ipynb #cf6a4ed5
 @numba.njit(cache=True)
-def coactivation(
-    indices,   # [T, k] int64 array
-    n_experts, # N
-): # [N, N] int64
-    "Count pairs of experts chosen together; memory is one N x N table, however many tokens."
-    if indices.size and (indices.min()<0 or indices.max()>=n_experts): raise ValueError('an expert id lies outside 0..n_experts-1')
-    c = np.zeros((n_experts, n_experts), np.int64)
+def _count(indices, c): # [T, k], [N, N]
+    "Count one order of each pair, and the tokens of each expert on the diagonal"
     for t in range(len(indices)):
-        for i in indices[t]:
-            for j in indices[t]: c[i,j] += 1
+        for a in range(indices.shape[1]):
+            i = indices[t,a]
+            c[i,i] += 1
+            for b in range(a): c[i,indices[t,b]] += 1
+
+@numba.njit(cache=True)
+def _mirror(c): # [N, N]
+    "Add the other order, in place"
+    for i in range(len(c)):
+        for j in range(i): c[i,j] = c[j,i] = c[i,j] + c[j,i]
     return c
+
+@numba.njit(cache=True)
+def _count_alone(indices, n):
+    c = np.zeros((n, n), np.int64)
+    _count(indices, c)
+    return _mirror(c)
+
+@numba.njit(parallel=True, cache=True)
+def _count_together(indices, n, parts):
+    "Every thread has tokens and a table of its own: no race, and memory does not grow with T"
+    c = np.zeros((parts, n, n), np.int64)
+    for s in numba.prange(parts): _count(indices[s*len(indices)//parts:(s+1)*len(indices)//parts], c[s])
+    return _mirror(c.sum(0))
+
+# %% ../nbs/02_expert_analysis.ipynb #a8c39e2c
+def coactivation(
+    indices:np.ndarray, # [T, k] int64 or int32
+    n_experts:int,      # N
+    alone=2**22,        # up to so many pairs (T*k), one thread does it all
+) -> np.ndarray: # [N, N] int64
+    "Count pairs of experts chosen together; memory is one N x N table a thread, however many tokens."
+    if indices.ndim!=2 or indices.dtype not in (np.int64, np.int32): raise ValueError(f'expert ids are {indices.dtype} {list(indices.shape)}, they must be int64 or int32 [T, k]')
+    if indices.size and (indices.min()<0 or indices.max()>=n_experts): raise ValueError(f'expert ids {indices.min()}..{indices.max()}: one lies outside 0..{n_experts-1}')
+    return _count_alone(indices, n_experts) if indices.size<=alone else _count_together(indices, n_experts, numba.get_num_threads())
+
+# %% ../nbs/02_expert_analysis.ipynb #e320b5d2
+def coactivation_torch(
+    indices:torch.Tensor, # [T, k] integers, on any device
+    n_experts:int,        # N
+    chunk=2**16,          # tokens at a time; a chunk's counts are exact in float32
+) -> torch.Tensor: # [N, N] int64, on the same device
+    "Count pairs of experts chosen together, by products of one-hot rows."
+    if indices.numel() and not 0<=indices.min()<=indices.max()<n_experts: raise ValueError(f'expert ids {int(indices.min())}..{int(indices.max())}: one lies outside 0..{n_experts-1}')
+    c = torch.zeros(n_experts, n_experts, dtype=torch.long, device=indices.device)
+    for part in indices.long().split(chunk):
+        hot = torch.zeros(len(part), n_experts, device=c.device).scatter_(1, part, 1)
+        c += (hot.T@hot).long()
+    return c
+
+# %% ../nbs/02_expert_analysis.ipynb #c78ff067
+def pair_sums_numpy(
+    indices:np.ndarray, # [T, k] int64
+    values:np.ndarray,  # [T, k, k]
+    n_experts:int,      # N
+) -> np.ndarray: # [N, N] float64
+    "Add a value of each pair of a token's experts to that pair's place."
+    out = np.zeros((n_experts, n_experts))
+    np.add.at(out, (indices[:,:,None], indices[:,None,:]), values)
+    return out
+
+@numba.njit(cache=True)
+def pair_sums(indices, values, n_experts): # as above
+    "The same, without index arrays of T*k*k entries."
+    out = np.zeros((n_experts, n_experts))
+    for t in range(len(indices)):
+        for a in range(indices.shape[1]):
+            for b in range(indices.shape[1]): out[indices[t,a],indices[t,b]] += values[t,a,b]
+    return out
+
+def in_router_order(
+    v:torch.Tensor, # [P, ...] one row a pair, sorted by expert
+    p:Pairs,        # the pairs
+    top_k:int,      # k
+) -> torch.Tensor: # [T, k, ...]
+    "Rows of pairs as the router gave them."
+    out = torch.empty_like(v)
+    out[p.order] = v
+    return out.unflatten(0, (-1, top_k))
+
+def routed_cosines(
+    f:torch.Tensor, # [P, H] outputs of routed pairs
+    p:Pairs,        # the pairs
+    top_k:int,      # k
+) -> torch.Tensor: # [T, k, k] float32
+    "Cosines between the outputs of each token's experts."
+    z = in_router_order(nn.functional.normalize(f.float(), dim=1), p, top_k)
+    return z @ z.mT
+
+# %% ../nbs/02_expert_analysis.ipynb #d202f27e
+@torch.no_grad()
+def output_similarity(
+    experts:nn.Module, # `gate_up_proj` [N, 2I, H], `down_proj` [N, H, I], `act_fn`
+    x:torch.Tensor,    # [S, H] a sample of inputs
+): # (mean cosine [N, N], mean output [N, H]), float64
+    "Every expert on every token of the sample, some tokens at a time."
+    n, h, i = experts.down_proj.shape
+    cos, mean = (torch.zeros(n, m, dtype=torch.float64, device=x.device) for m in (n, h))
+    for part in x.split(max(1, 2**26//(n*(2*i+h)))):                                   # 0.27 GB in float32
+        gate, up = (part @ experts.gate_up_proj.mT).chunk(2, dim=-1)                   # [N, s, I]
+        f = (experts.act_fn(gate)*up) @ experts.down_proj.mT                           # [N, s, H]
+        z = nn.functional.normalize(f, dim=2).flatten(1)
+        cos += z@z.T; mean += f.sum(1)
+    return cos/len(x), mean/len(x)
 
 # %% ../nbs/02_expert_analysis.ipynb #283be104
 class LayerStats:
@@ -155,11 +255,20 @@ class LayerStats:
 
 @patch
 def __iadd__(self:LayerStats, o):
-    "Add the statistics of other tokens."
-    for k in 'coactivation','mass','output','usefulness': setattr(self, k, getattr(self, k)+getattr(o, k))
+    "Add the statistics of other tokens; of two largest values the larger stays."
+    shapes = [{k: v.shape for k,v in vars(s).items()} for s in (self, o)]
+    if shapes[0]!=shapes[1]: raise ValueError(f'statistics of layers that differ: {", ".join(k for k in shapes[0] if shapes[0][k]!=shapes[1].get(k)) or "not the same kind"}')
+    for k,v in vars(self).items(): setattr(self, k, torch.maximum(v, getattr(o, k)) if k=='peak' else v+getattr(o, k))
     return self
 
 # %% ../nbs/02_expert_analysis.ipynb #6623b976
+def sum_by_expert(
+    v:torch.Tensor, # [P, ...] one row a pair, sorted by expert
+    p:Pairs,        # the pairs
+) -> torch.Tensor: # [N, ...] float64
+    "Sum the rows of each expert; the rows of a batch are added as they are, batches in float64."
+    return torch.stack([e.sum(0) for e in v.split(p.counts)]).double()
+
 @patch
 def update(self:LayerStats,
     experts:nn.Module, # the layer's experts
@@ -169,14 +278,11 @@ def update(self:LayerStats,
     top_k:int,         # k
 ):
     "Add one batch; batches are summed in float64."
-    ids = torch.empty_like(p.expert)
-    ids[p.order] = p.expert
-    ids = ids.view(-1, top_k)
-    self.coactivation += torch.from_numpy(coactivation(ids.cpu().numpy(), len(p.counts)))
-    per_expert = lambda v: torch.stack([e.sum(0) for e in v.split(p.counts)]).double()
-    self.mass += per_expert(p.weight)
-    self.output += per_expert(p.weight*f.float().norm(dim=1))
-    self.usefulness += per_expert((p.weight[:,None]*h.float()).square()) * torch.stack([w.float().square().sum(0) for w in experts.down_proj])
+    ids = in_router_order(p.expert, p, top_k)
+    self.coactivation += coactivation_torch(ids, len(p.counts)).cpu() if ids.is_cuda else torch.from_numpy(coactivation(ids.numpy(), len(p.counts)))
+    self.mass += sum_by_expert(p.weight, p)
+    self.output += sum_by_expert(p.weight*f.float().norm(dim=1), p)
+    self.usefulness += sum_by_expert((p.weight[:,None]*h.float()).square(), p) * torch.stack([w.float().square().sum(0) for w in experts.down_proj])
 
 # %% ../nbs/02_expert_analysis.ipynb #ff13f82e
 def energy_kept(
@@ -185,3 +291,57 @@ def energy_kept(
 ) -> float: # 0..1
     "Share of the layer's energy in each expert's most useful neurons."
     return (usefulness.topk(width, dim=1).values.sum()/usefulness.sum()).item()
+
+# %% ../nbs/02_expert_analysis.ipynb #44362b36
+class ExpertStats(LayerStats):
+    "`LayerStats` and what else can be known of the routed tokens."
+    def __init__(self, n_experts, width, hidden, device='cpu', moments=None):
+        if moments not in (None, 'full', 'layer'): raise ValueError(f'moments {moments!r} is neither full nor layer nor None')
+        super().__init__(n_experts, width, device)
+        zeros = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)
+        self.norm, self.peak, self.out, self.out_square, self.cosine = zeros(n_experts), zeros(n_experts), zeros(n_experts, hidden), zeros(n_experts, hidden), zeros(n_experts, n_experts)
+        if moments=='full': self.moments = zeros(n_experts, hidden, hidden)
+        if moments=='layer': self.layer_moment, self.moment_diagonal = zeros(hidden, hidden), zeros(n_experts, hidden)
+    @property
+    def n(self): return self.counts.clamp(min=1).to(self.norm.device)         # [N] what to divide by; an expert that never fired has zeros above
+    @property
+    def mean_norm(self): return self.norm/self.n                              # [N]
+    @property
+    def mean_output(self): return self.out/self.n[:,None]                     # [N, H]
+    @property
+    def spread(self): return (self.out_square/self.n[:,None] - self.mean_output.square()).clamp(min=0).sum(1).sqrt()   # [N]
+    @property
+    def similarity(self): return self.cosine/self.coactivation.clamp(min=1).to(self.cosine.device)   # [N, N], 0 for pairs never chosen together
+
+# %% ../nbs/02_expert_analysis.ipynb #8fe5b6eb
+@patch
+def update(self:ExpertStats,
+    experts:nn.Module, h:torch.Tensor, f:torch.Tensor, p:Pairs, top_k:int, # as for `LayerStats`
+    x=None, # [T, H] inputs of the layer, where moments are wanted
+):
+    "Add one batch."
+    if not len(p.expert): raise ValueError('an empty batch: no routed pairs')
+    LayerStats.update(self, experts, h, f, p, top_k)
+    f = f.float()
+    self.norm += sum_by_expert(f.norm(dim=1), p); self.out += sum_by_expert(f, p); self.out_square += sum_by_expert(f.square(), p)
+    self.peak = torch.maximum(self.peak, torch.stack([e.abs().amax() if len(e) else e.new_zeros(()) for e in f.split(p.counts)]).double())
+    ids, cos = in_router_order(p.expert, p, top_k), routed_cosines(f, p, top_k)
+    self.cosine += torch.from_numpy(pair_sums(ids.cpu().numpy(), cos.cpu().numpy(), len(p.counts))).to(f.device)
+    if not hasattr(self, 'moments') and not hasattr(self, 'layer_moment'): return
+    if x is None: raise ValueError('moments need the layer\'s inputs: update(..., x=x)')
+    xw = x[p.token].float()*p.weight[:,None]
+    if hasattr(self, 'moments'): self.moments += torch.stack([e.T@e for e in xw.split(p.counts)])
+    else: self.layer_moment += xw.T@xw; self.moment_diagonal += sum_by_expert(xw.square(), p)
+
+@patch
+def moment(self:ExpertStats,
+    i:int,     # expert
+    shrink=0., # share taken from the mean over experts, M/N, for experts that saw little
+) -> torch.Tensor: # [H, H] float64
+    "M_i, exact or from the layer's M and the expert's diagonal."
+    if hasattr(self, 'moments'): m, total = self.moments[i], self.moments.sum(0)
+    else:
+        total = self.layer_moment
+        s = (self.moment_diagonal[i]/total.diagonal().clamp(min=1e-30)).sqrt()
+        m = s[:,None]*total*s
+    return (1-shrink)*m + shrink*total/len(self.counts)
