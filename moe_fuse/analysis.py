@@ -360,6 +360,7 @@ def analyse(
     "Look at a teacher, and say what students of several sizes would lose."
     start, out, ck = time.perf_counter(), Path(out), Checkpoint(resolve_source(src))
     check_supported(ck.config)
+    if ck.config['model_type'] not in ('deepseek_v2', 'deepseek_v3'): raise BadInput(f"model_type {ck.config['model_type']!r} can't be analysed yet; deepseek_v2 and deepseek_v3 can")
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     ok, impossible = possible_keeps(ck.config, keeps)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder')

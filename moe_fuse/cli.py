@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
     c.add_argument('--states', default='float32', help='what hidden states wait on disk in: float32, bfloat16 (half the disk) or float8 (a quarter)')
     c.add_argument('--seed', type=int, default=0, help='of sampling and training'); c.add_argument('--device', default='auto', help='auto, cpu or cuda')
+    c.add_argument('--device-budget', metavar='SIZE', help='bytes that a layer of SRC may take on the device, e.g. 13GB: experts that do not fit stay packed')
     c.add_argument('--resume', action='store_true', help='go on with an interrupted run')
     c = command('analyse', 'look at the experts of SRC and predict what students of several sizes would lose; numbers and pictures go to OUT')
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo'); c.add_argument('out', metavar='OUT', help='folder to make')
@@ -121,6 +122,8 @@ def run_command(
         report = analyse(a.src, a.out, a.calibration, a.eval_data, a.tokens, keeps, seed=a.seed, device=a.device)
         return json.dumps(report) if a.json else f'{verdict(report)}\n\nnumbers and pictures: {a.out}'
     from moe_fuse.pipeline import compress, table
+    from moe_fuse.planning import parse_bytes
+    if a.device_budget is not None: a.device_budget = parse_bytes(a.device_budget)
     skip = 'command', 'json', 'baselines'
     run = compress(**{k:v for k,v in vars(a).items() if k not in skip}, baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')])
     return json.dumps(run.report) if a.json else f'{table(run.report)}\n\ncheckpoint and report: {a.out}\npicture: {Path(a.out)/"report.png"}'

@@ -5,6 +5,7 @@ from moe_fuse.calibration import TokenSet
 from moe_fuse.cli import main
 from moe_fuse.headers import *
 from moe_fuse.pipeline import compress
+from moe_fuse.streaming import layer_bytes, place_experts
 from tiny_models import *
 
 def in_memory(run, kind, n=3):
@@ -190,6 +191,21 @@ def test_keep_so_small_that_no_engine_could_run_it_is_refused_or_works(small, ti
     assert 'reap' not in run.report['kinds']
     ids, lengths, want = in_memory(run, 'slim')
     assert (stock_logits(tmp_path/'out', ids, lengths)-want).abs().max() <= 1e-4
+
+@pytest.mark.parametrize('how', ['fp8', 'awq'])
+def test_a_device_budget_changes_no_bit(small, how, tmp_path):
+    "Experts that stay packed, or on disk, give the tensors that floats give"
+    config, disk, _ = pack(*tiny(V3), how)
+    teacher = write(tmp_path/'teacher', config, disk)
+    b = layer_bytes(Checkpoint(teacher), 'model.layers.2')
+    budgets = dict(floats=None, packed=b.rest+b.packed+2*b.expert, disk=b.rest+2*b.expert)
+    assert [place_experts(b, n) for n in budgets.values()]==list(budgets)
+    runs = {k: (small(teacher, tmp_path/k, device_budget=n), shard_bytes(tmp_path/k))[1] for k,n in budgets.items()}
+    assert runs['packed']==runs['floats'] and runs['disk']==runs['floats']
+
+def test_a_device_budget_too_small_for_one_expert_is_refused(tmp_path, capfd):
+    assert main(['run', 'demo', str(tmp_path/'out'), '--device-budget', '100KB', '--tokens', '4096', '--eval-tokens', '2048'])==2
+    assert 'too small' in capfd.readouterr().err and not list(tmp_path.iterdir())
 
 def test_batches_of_another_size_change_nothing(small, tiny_teacher, tmp_path, monkeypatch):
     "Float32 noise of 1e-7 may grow by the condition number of the fit, which the ridge holds under 1e4 times the spread of the diagonal; nothing is chosen differently"
