@@ -252,7 +252,7 @@ def plot_prediction(
         left.plot(x, y, 'o-', ms=4, color=c); left.annotate(f'keep {float(keep):.4g}', (x[-1], y[-1]), xytext=(5,-3), textcoords='offset points', color=c, fontsize=9)
         right.plot([float(keep)], [kl], 'o', color=c)
     right.plot([float(k) for k in report['kl']], list(report['kl'].values()), color='0.7', zorder=0)
-    left.set(xlabel='layer', ylabel='FVU of the routed output', ylim=(0, None), title=f"Layer {worst['layer']} is predicted to lose most"); left.set_xlim(right=x[-1] + .35*max(1, x[-1]-x[0]))
+    left.set(xlabel='layer', ylabel='FVU of the routed output', ylim=(0, None), title=f"At keep {float(first):.4g}, layer {worst['layer']} would lose most"); left.set_xlim(right=x[-1] + .35*max(1, x[-1]-x[0]))
     left.set_xticks(_pick(x, 8))
     right.set(xlabel='keep', ylabel='KL to the teacher, nats a token', xlim=(0, 1.15*max(map(float, report['kl']))), ylim=(0, 1.15*max(report['kl'].values())), title=f"Predicted KL at keep {float(first):.4g}: {report['kl'][first]:.2f}")
     return fig
@@ -273,7 +273,7 @@ def write_pictures(
     layers = report['layers']
     figs = dict(load=plot_load(layers), energy=plot_energy(layers, [float(k) for k in layers[0]['energy']]), coactivation=plot_coactivation(layers, [c for c,_ in maps]),
                 similarity=plot_similarity(layers, [s for _,s in maps]), prediction=plot_prediction(report))
-    for k,fig in figs.items(): fig.savefig(out/f'{k}.png', dpi=72)
+    for k,fig in figs.items(): fig.savefig(out/f'{k}.png', dpi=72, pil_kwargs=dict(optimize=True))
 
 # %% ../nbs/09_analysis.ipynb #e1eddf5b
 def verdict(
