@@ -6,7 +6,7 @@ Unpacking moves the packed bytes in and the floats out; the ceiling is a copy on
 `awq.utils.packing_utils.dequantize_gemm` (AutoAWQ, if it is installed). Reading is timed from the page cache, against `safetensors.torch.load_file` of the same bytes.
 Every ratio is made of medians of alternating repeats in this one run.
 """
-import statistics, sys, tempfile, time, warnings
+import json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
@@ -53,18 +53,20 @@ def unpacking(o, i, dtype):
 def reading(n_layers=6):
     "Bfloat16 layers of 32 experts in shards of their own"
     with tempfile.TemporaryDirectory() as d:
-        demo, c = Checkpoint(resolve_source('demo')), None
+        demo = Checkpoint(resolve_source('demo'))
         c = {k:v for k,v in demo.config.items() if k!='quantization_config'} | dict(hidden_size=1024, moe_intermediate_size=512)
-        (Path(d)/'config.json').write_text(__import__('json').dumps(c))
+        (Path(d)/'config.json').write_text(json.dumps(c))
         experts = {f'model.layers.1.mlp.experts.{e}.{k}_proj.weight': torch.randn(*((512, 1024) if k!='down' else (1024, 512))).bfloat16() for e in range(32) for k in ('gate','up','down')}
         save_file(experts, Path(d)/'model.safetensors')
         ck = Checkpoint(d)
         def ours(): out = load_experts(ck, 'model.layers.1.mlp.experts.', (32, 1024, 1024), torch.bfloat16, device); ck.release(); return out
         def theirs(): return load_file(Path(d)/'model.safetensors', device=device)
-        def copied(): return {k: v.clone() for k,v in load_file(Path(d)/'model.safetensors', device=device).items()}  # mapped pages are not yet read
-        a, b, c = medians(ours, theirs, copied)
-        print(f'\nreading {sum(v.nbytes for v in experts.values())/1e6:.0f} MB of experts, checked for NaN and stacked: {a*1e3:.1f} ms, {a/b:.2f} times load_file'
-              + ('' if cuda else f' (which only maps the file) and {a/c:.2f} times load_file with its pages read'))
+        def stacked():
+            w = theirs()
+            one = lambda e, k: w[f'model.layers.1.mlp.experts.{e}.{k}_proj.weight']
+            return torch.stack([torch.cat([one(e, 'gate'), one(e, 'up')]) for e in range(32)]), torch.stack([one(e, 'down') for e in range(32)])
+        a, b, c = medians(ours, theirs, stacked)
+        print(f'\nreading {sum(v.nbytes for v in experts.values())/1e6:.0f} MB of experts, checked for NaN and stacked: {a*1e3:.1f} ms; {a/b:.2f} times load_file{"" if cuda else " (which only maps the file)"}, {a/c:.2f} times load_file and torch.stack')
 
 print(f'torch {torch.__version__}, Python {sys.version.split()[0]}')
 for o,i in ((2048, 7168), (7168, 18432)) if cuda else ((2816, 2048),):
