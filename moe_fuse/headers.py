@@ -11,6 +11,7 @@ __all__ = ['ITEM_BYTES', 'FAMILIES', 'SUPPORTED', 'PARTS', 'BadInput', 'read_jso
 import json, re
 from collections import defaultdict
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +53,10 @@ def read_header(
         try: head = json.loads(f.read(n))
         except (ValueError, RecursionError): raise BadInput(f'{path}: the safetensors header is not JSON') from None
     if not isinstance(head, dict): raise BadInput(f'{path}: the safetensors header is not a JSON object')
-    return {k:_entry(path, k, v, 8+n, size) for k,v in head.items() if k!='__metadata__'}
+    out = {k:_entry(path, k, v, 8+n, size) for k,v in head.items() if k!='__metadata__'}
+    for (a,x),(b,y) in pairwise(sorted(out.items(), key=lambda r: (r[1].start, r[1].end))):
+        if y.start<x.end: raise BadInput(f'{path}: {a!r} and {b!r} overlap at byte {y.start}')
+    return out
 
 # %% ../nbs/00_headers.ipynb #e9fc897f
 def _entry(path, name, v, base, size):

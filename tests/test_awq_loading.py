@@ -1,5 +1,5 @@
 "Packed weights are read exactly as their own makers read them, and a model read one layer at a time is the model read whole."
-import warnings
+import json, warnings
 import pytest, torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
@@ -195,3 +195,46 @@ def test_awq_without_its_scale_is_refused_by_name(tmp_path):
     del disk[k]
     with pytest.raises(BadInput, match='lacks tensor') as e: Checkpoint(write(tmp_path, config, disk)).weight(k.replace('scales', 'weight'))
     assert k in str(e.value)
+
+def test_overlapping_tensors_are_refused(tmp_path):
+    head = json.dumps(dict(a=dict(dtype='F32', shape=[4], data_offsets=[0,16]), b=dict(dtype='F32', shape=[4], data_offsets=[8,24]))).encode()
+    (tmp_path/'x.safetensors').write_bytes(len(head).to_bytes(8, 'little') + head + bytes(24))
+    with pytest.raises(BadInput, match="'a' and 'b' overlap at byte"): read_header(tmp_path/'x.safetensors')
+
+def test_a_loop_of_links_is_refused(tmp_path):
+    folder = write(tmp_path/'m', *tiny(V3), shards=2)
+    shard = sorted(folder.glob('*.safetensors'))[0]
+    shard.unlink(); shard.symlink_to(shard.name)
+    with pytest.raises(BadInput, match=shard.name): Checkpoint(folder)
+    (tmp_path/'loop').symlink_to('loop')
+    with pytest.raises(BadInput, match='loop'): Checkpoint(tmp_path/'loop')
+
+def test_a_shard_outside_the_folder_is_refused(tmp_path):
+    folder = write(tmp_path/'m', *tiny(V3), shards=2)
+    index = json.loads((folder/'model.safetensors.index.json').read_text())
+    for bad in '../m/model-00001-of-00002.safetensors', '/etc/passwd', 'sub/x.safetensors':
+        index['weight_map']['lm_head.weight'] = bad
+        (folder/'model.safetensors.index.json').write_text(json.dumps(index))
+        with pytest.raises(BadInput, match='lies outside the folder'): Checkpoint(folder)
+
+@pytest.fixture(scope='module')
+def damaged(tmp_path_factory):
+    folder = write(tmp_path_factory.mktemp('damage')/'m', *pack(*tiny(V3, num_hidden_layers=2), 'fp8')[:2], tokenizer=False)
+    return folder, (folder/'model.safetensors').read_bytes()
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_damage_to_a_file_is_a_named_error_or_another_number(damaged, data):
+    "Bytes changed anywhere in a small checkpoint, or its end cut off: one clear line, or a tensor of the declared shape; never a crash"
+    folder, good = damaged
+    raw, head = bytearray(good), int.from_bytes(good[:8], 'little')
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, head+8) if data.draw(st.booleans()) else st.integers(0, len(raw)-1))
+        raw[at] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()): raw = raw[:data.draw(st.integers(0, len(raw)))]
+    (folder/'model.safetensors').write_bytes(raw)
+    try:
+        ck = Checkpoint(folder)
+        for k in list(ck.entries)[:40]:
+            if not k.endswith('_scale_inv'): assert ck.weight(k).shape==ck[k].shape
+    except BadInput as e: assert '\n' not in str(e)
