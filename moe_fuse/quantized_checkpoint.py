@@ -6,7 +6,7 @@
 __all__ = ['awq_scales', 'hidden_moments', 'quantize_tensors', 'quantize_checkpoint']
 
 # %% ../nbs/07_quantized_checkpoint.ipynb #30b2f7d5
-from pathlib import Path
+import re
 
 import torch
 
@@ -39,15 +39,16 @@ def hidden_moments(
     ck:Checkpoint,   # the model to be rounded
     tokens:TokenSet, # calibration text
     device='cpu',
-) -> dict: # name of an expert's down projection -> [I] router-weighted mean of h_j^2 of its tokens
+) -> dict: # (name of an expert's up projection, of its down projection) -> [I] router-weighted mean of h_j^2 of its tokens
     "How large the inputs of the experts' down projections are."
     out = {}
     for i,stats in enumerate(layer_statistics(ck, tokens, device=device)):
         if stats is None: continue
         names = expert_names(ck, f'model.layers.{i}.mlp.experts.', len(stats.counts))
         for e,n in enumerate(names):
-            d = ck.weight(n['down_proj'][0], device=device).square().sum(0).double()
-            out[n['down_proj'][0]] = (stats.usefulness[e]/d.clamp(min=1e-30)/max(stats.counts[e].item(), 1)).float()
+            up, down = n['gate_up_proj'][1], n['down_proj'][0]
+            d = ck.weight(down, device=device).square().sum(0).double()
+            out[up,down] = (stats.usefulness[e]/d.clamp(min=1e-30)/max(stats.counts[e].item(), 1)).float()
     return out
 
 # %% ../nbs/07_quantized_checkpoint.ipynb #ef052b88
@@ -60,13 +61,12 @@ def quantize_tensors(
     "The same weights in 8 or 4 bits."
     if how not in ('fp8', 'awq'): raise BadInput(f'{how!r} is neither fp8 nor awq')
     out, tensors = {}, dict(tensors)
-    for down,m in (moments or {}).items():
-        up = down.replace('down_proj', 'up_proj')
+    for (up,down),m in (moments or {}).items():
         if how!='awq' or down not in tensors or up not in tensors: continue
         s = awq_scales([tensors[down]], m.to(tensors[down].device), group_size)
         tensors[down], tensors[up] = tensors[down].float()*s, tensors[up].float()/s[:,None]
     for k,v in tensors.items():
-        if not (k.endswith('.weight') and '_proj' in k and v.dim()==2): out[k] = v.contiguous(); continue
+        if not (k.endswith('.weight') and re.search(r'_proj|\.experts\.\d', k) and v.dim()==2): out[k] = v.contiguous(); continue
         try:
             if how=='fp8': out[k], out[k+'_scale_inv'] = quantize_fp8(v)
             else: out |= zip((k.removesuffix('.weight')+f'.{p}' for p in ('qweight', 'qzeros', 'scales')), quantize_awq(v, group_size))

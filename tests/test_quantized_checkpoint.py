@@ -48,7 +48,7 @@ def test_scaled_pairs_are_the_same_function():
     config, state = tiny(V3)
     down = 'model.layers.1.mlp.experts.3.down_proj.weight'; up = down.replace('down', 'up')
     m = torch.rand(32)*10
-    a = quantize_tensors(state, 'awq', 16, {down: m})
+    a = quantize_tensors(state, 'awq', 16, {(up, down): m})
     s = awq_scales([state[down]], m, 16)
     for k,want in ((down, state[down]*s), (up, state[up]/s[:,None])):
         for p,t in zip(('qweight', 'qzeros', 'scales'), quantize_awq(want, 16)): assert torch.equal(a[k.replace('weight', p)], t)
@@ -56,6 +56,23 @@ def test_scaled_pairs_are_the_same_function():
     assert [k for k in plain if not torch.equal(plain[k], a[k]) and down[:-len('down_proj.weight')] not in k]==[]
     h = torch.randn(5, 32, dtype=torch.float64)
     assert torch.allclose((h/s)@(state[down]*s).double().T, h@state[down].double().T, rtol=1e-5, atol=1e-6)
+
+def test_mixtral_whose_matrices_have_other_names(tmp_path):
+    "w1, w2 and w3 of each expert are packed, the router is not, and `hidden_moments` finds them"
+    import test_families
+    config, disk = test_families.tiny('mixtral')
+    src = write(tmp_path/'in', config, disk)
+    moments = hidden_moments(Checkpoint(src), tokens())
+    ck = quantize_checkpoint(src, tmp_path/'out', 'awq', 8, moments)
+    experts = [k for k in disk if '.experts.' in k]
+    assert experts and all(ck.parts(k)[0].endswith('.qweight') for k in experts)
+    assert all(ck.parts(k)==[k] for k in disk if k.endswith('gate.weight') or 'norm' in k)
+    rounded = lambda w: dequantize_awq(*quantize_awq(w, 8))
+    for (up, down), m in moments.items():
+        assert up.endswith('w3.weight') and down.endswith('w2.weight')
+        scale, gate = awq_scales([disk[down]], m, 8), up.replace('w3', 'w1')
+        assert torch.equal(ck.weight(down), rounded(disk[down]*scale)) and torch.equal(ck.weight(up), rounded(disk[up]/scale[:,None]))
+        assert torch.equal(ck.weight(gate), rounded(disk[gate]))
 
 def test_interrupted_leaves_nothing(tmp_path, monkeypatch):
     import moe_fuse.quantized_checkpoint as m
