@@ -8,6 +8,7 @@ as torch's allocator counts them: on a GPU from its statistics, on a CPU from th
 Ratios are to the first row.
 """
 import argparse, gc, time
+from importlib.util import find_spec
 
 import torch
 from torch import nn
@@ -66,6 +67,7 @@ if __name__=='__main__':
     p.add_argument('--tokens', type=int, default=512); p.add_argument('--r', type=int, default=16); p.add_argument('--steps', type=int, default=3)
     p.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu')
     a = p.parse_args()
+    if not find_spec('bitsandbytes'): print('bitsandbytes is not installed: no NF4 base\n'); JOBS = [j for j in JOBS if j[0]!='NF4']
     results = [measure(*job, a) for job in JOBS]
     name = torch.cuda.get_device_name() if a.device=='cuda' else f'CPU, {torch.get_num_threads()} threads'
     print(f'{a.in_} -> {a.out}, {a.tokens} tokens, r = {a.r}, {name}, torch {torch.__version__}\n')
