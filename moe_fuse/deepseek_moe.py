@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCORES', 'affinity_logits', 'limit_devices', 'devices_of', 'CentroidRouter', 'experts_loop', 'SwigluExperts',
            'SharedExperts', 'expert_load', 'balance_sums', 'bias_step', 'within_budget', 'DeepSeekMoE',
-           'from_transformers']
+           'from_transformers', 'ReluExperts', 'relu_shared', 'MixtureOfExperts']
 
 # %% ../nbs/10_deepseek_moe.ipynb #34b40944
 import math
@@ -306,3 +306,42 @@ def from_transformers(
     layer.load_state_dict(state, assign=True)
     layer.load = torch.zeros(n, dtype=torch.long, device=layer.gate.weight.device)
     return layer.train(block.training)
+
+# %% ../nbs/10_deepseek_moe.ipynb #2e1bc0f0
+class ReluExperts(nn.Module):
+    "N two-layer networks with biases, stacked."
+    def __init__(self, n_routed, d_model, d_expert):
+        super().__init__()
+        self.up_proj, self.down_proj = _random(n_routed, d_expert, d_model), _random(n_routed, d_model, d_expert)
+        self.up_bias, self.down_bias = (nn.Parameter(torch.zeros(n_routed, d)) for d in (d_expert, d_model))
+    def forward(self, x, p): # [T, H] and its `Pairs` -> [P, H]
+        h = F.relu(grouped_linear(x[p.token], self.up_proj, p.counts) + self.up_bias[p.expert])
+        return grouped_linear(h, self.down_proj, p.counts) + self.down_bias[p.expert]
+
+def relu_shared(
+    d_model:int, # H
+    width:int,   # of all shared experts together
+) -> nn.Module: # [T, H] -> [T, H]
+    "The shared experts of the simple layer."
+    return nn.Sequential(nn.Linear(d_model, width), nn.ReLU(), nn.Linear(width, d_model))
+
+# %% ../nbs/10_deepseek_moe.ipynb #fc44865b
+class MixtureOfExperts(DeepSeekMoE):
+    "The simple layer, with the reports' letters for its arguments and its three losses in a row."
+    names = dict(n_shared='N_s', n_routed='N_r', top_k='K', n_devices='D', max_devices='M')
+    def __init__(self,
+        d_model:int,  # H
+        d_expert:int, # I, width of one expert
+        K:int,        # routed experts of a token
+        N_s:int,      # shared experts
+        N_r:int,      # routed experts
+        alpha1:float, # of the expert-level loss
+        alpha2:float, # of the device-level loss
+        alpha3:float, # of the communication loss
+        D:int,        # devices
+        M:int,        # devices a token may be sent to
+    ):
+        super().__init__(d_model, d_expert, N_s, N_r, K, n_devices=D, max_devices=M, alpha1=alpha1, alpha2=alpha2, alpha3=alpha3, mode='simple')
+    def forward(self, x): # [B, T, H] or [T, H] -> output, expert, device and communication loss
+        out, losses = super().forward(x)
+        return out, *(losses.get(k, torch.zeros((), device=x.device)) for k in ('expert', 'device', 'communication'))
