@@ -38,17 +38,18 @@ def theirs(kind):
         return block(x)
     return f
 
-def timed(f):
+def once(f):
     def run():
         with torch.set_grad_enabled(a.step): y = f(x)
         if a.step: y.sum().backward()
         if a.device!='cpu': torch.cuda.synchronize()
-    run()                                                                       # kernels chosen, buffers warm
-    return min(timeit.repeat(run, number=1, repeat=a.repeat))
+    return timeit.timeit(run, number=1)
 
 ways = {'ours': lambda x: ours(x)[0], 'loop over experts': loop} | {f'transformers, {k}': theirs(k) for k in ('eager', 'grouped_mm')}
 with torch.no_grad(): outs = {k: f(x).float() for k,f in ways.items()}
-times = {k: timed(f) for k,f in ways.items()}
+for f in ways.values(): once(f)                                                 # kernels chosen, buffers warm
+rounds = [{k: once(f) for k,f in ways.items()} for _ in range(a.repeat)]        # in turns, so that a busy moment of the machine hits all of them
+times = {k: min(r[k] for r in rounds) for k in ways}
 print(f"{a.tokens} tokens, {a.n_routed} experts of {a.d_expert}, {a.top_k} a token, width {a.d_model}, {a.dtype}, {a.device}, {torch.get_num_threads()} threads, {'forward and backward' if a.step else 'forward'}")
 for k,t in times.items():
     off = ((outs[k]-outs['ours']).abs().max()/outs['ours'].abs().max()).item()

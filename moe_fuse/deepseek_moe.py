@@ -231,7 +231,9 @@ class DeepSeekMoE(nn.Module):
 def _kept(self:DeepSeekMoE, s, p, b, never_drop): # [T, N] affinities, `Pairs`, number of sequences, [B] bool or None -> [P] bool
     "The pairs that stay in training"
     if never_drop is None: never_drop = torch.arange(b, device=s.device) < round(self.never_dropped*b)
-    _need(isinstance(never_drop, torch.Tensor) and never_drop.dtype==torch.bool and never_drop.shape==(b,), 'never_drop', never_drop, f'a bool tensor [{b}], one entry a sequence')
+    if not isinstance(never_drop, torch.Tensor) or never_drop.dtype!=torch.bool or never_drop.shape!=(b,):
+        what = f'{str(never_drop.dtype).removeprefix("torch.")} {list(never_drop.shape)}' if isinstance(never_drop, torch.Tensor) else f'a {type(never_drop).__name__}'
+        raise BadInput(f'never_drop is {what}, it must be bool [{b}], one entry a sequence')
     exempt = never_drop.to(s.device)[p.token//(len(s)//b)]
     return within_budget(s[p.token,p.expert], p.expert//(self.n_routed//self.n_devices), self.n_devices, int(self.capacity*len(p.expert)/self.n_devices), exempt)
 
