@@ -61,6 +61,12 @@ class CentroidRouter(nn.Module):
         self.weight = nn.Parameter(torch.randn(n_routed, d_model)/d_model**.5)          # the centroids
         self.e_score_correction_bias = nn.Buffer(torch.zeros(n_routed)) if score=='sigmoid' else None
 
+    def _apply(self, *args, **kwargs):
+        bias = self.e_score_correction_bias
+        super()._apply(*args, **kwargs)
+        if bias is not None and self.e_score_correction_bias.dtype in (torch.bfloat16, torch.float16): self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
+
     def forward(self, x): # [T, H] -> logits [T, N], gate values [T, k], ids [T, k]
         logits = affinity_logits(x, self.weight)
         s = SCORES[self.score](logits)

@@ -50,6 +50,14 @@ def test_affinities_are_float32_in_a_bfloat16_layer():
     y, _ = m(tokens(2, 5, 16).bfloat16())
     assert y.dtype==torch.bfloat16 and m.gate(tokens(5, 16).bfloat16())[0].dtype==torch.float32
 
+def test_the_bias_stays_in_float32():
+    m = layer(score='sigmoid')
+    m.gate.e_score_correction_bias += torch.rand(8)
+    b = m.gate.e_score_correction_bias.clone()
+    for cast in (m.bfloat16(), m.half(), m.float()): assert torch.equal(cast.gate.e_score_correction_bias, b)
+    assert m.double().gate.e_score_correction_bias.dtype==torch.float64
+    assert m.to('meta').gate.e_score_correction_bias.is_meta and m.gate.weight.is_meta
+
 # losses
 
 def loops(s, idx, d, m): # one sequence, the reports' formulas with plain loops
