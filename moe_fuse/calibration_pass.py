@@ -33,6 +33,13 @@ def shard(self:TokenSet,
         at += len(lengths)
     return TokenSet([(self.domains[s], *(p[s].tolist() for p in parts)) for s in mine])
 
+# %% ../nbs/02_calibration_pass.ipynb #a1f2cc18
+@patch
+def by_domain(self:TokenSet) -> dict: # domain -> TokenSet
+    "The sequences of each domain, as sets of their own."
+    parts = [t.split(self.lengths) for t in (self.ids, self.assistant) if t is not None]
+    return {d: TokenSet([(d, *(p[s].tolist() for p in parts)) for s,o in enumerate(self.domains) if o==d]) for d in sorted(set(self.domains))}
+
 # %% ../nbs/02_calibration_pass.ipynb #f7dbb64a
 def each_batch(
     tokens:TokenSet,
