@@ -386,7 +386,7 @@ def analyse(
         for l in layers:
             l['super'] = [i for i,p in enumerate(l['peak']) if p>10*median]
             l['energy'] = {str(k): energy_at(l['energy_curve'], k) for k in sorted(map(float, keeps), reverse=True)}
-        report = dict(source=str(src), tokens=cal.count(), sha256=cal.sha256, held_out=held.count(), fit_tokens=min(fit_tokens, len(cal)), seed=seed, layers=layers, kl=kl, impossible=impossible, seconds=seconds)
+        report = dict(source=str(src), tokens=cal.count(), sha256=cal.sha256, held_out=held.count(), text=dict(calibration=cal.report, held_out=held.report | dict(sha256=held.sha256)), fit_tokens=min(fit_tokens, len(cal)), seed=seed, layers=layers, kl=kl, impossible=impossible, seconds=seconds)
         write_pictures(report, maps, out)
         report['seconds']['all'] = time.perf_counter()-start
         write_atomic(out/'analysis.json', json.dumps(report, indent=1)+'\n')
