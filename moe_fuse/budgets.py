@@ -216,7 +216,7 @@ def budgets(
                 stock={str(s): dict(width=w, always_on=on, tried=kl['stock', s]) for s,(w,on) in stock.items()},
                 best=min(tried, key=tried.get), best_stock=str(min(stock, key=lambda s: kl['stock', s])) if stock else None,
                 layers={str(l): dict(kl={str(w): v for w,v in s['kl'].items()}, stream=s['stream']) for l,s in seen.items()},
-                tokens=cal.count(), held_out=held.count(), sha256=cal.sha256, seed=seed, seconds=time.perf_counter()-start)
+                tokens=cal.count(), held_out=held.count(), sha256=cal.sha256, held_out_sha256=held.sha256, seed=seed, seconds=time.perf_counter()-start)
 
 # %% ../nbs/09_budgets.ipynb #9cb944d7
 def budget_table(
