@@ -240,6 +240,8 @@ def embed_tokens(
     "Write the embedding of every token."
     w, size = ck.weight('model.embed_tokens.weight', dtype), (ck.config['vocab_size'], states.shape[1])
     if w.shape != size: raise BadInput(f'{ck.folder}: model.embed_tokens.weight is {list(w.shape)}, the config says {list(size)}')
+    if len(ids) and not 0<=ids.min()<=ids.max()<size[0]:
+        t = int(((ids<0)|(ids>=size[0])).nonzero()[0]); raise BadInput(f'row {t}: token {int(ids[t])} is outside the vocabulary of {size[0]}')
     for a in range(0, len(ids), chunk): states.write(a, w[ids[a:a+chunk]])
     ck.release()
 

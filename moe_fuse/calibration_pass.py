@@ -33,6 +33,13 @@ def shard(self:TokenSet,
         at += len(lengths)
     return TokenSet([(self.domains[s], *(p[s].tolist() for p in parts)) for s in mine])
 
+# %% ../nbs/02_calibration_pass.ipynb #a1f2cc18
+@patch
+def by_domain(self:TokenSet) -> dict: # domain -> TokenSet
+    "The sequences of each domain, as sets of their own."
+    parts = [t.split(self.lengths) for t in (self.ids, self.assistant) if t is not None]
+    return {d: TokenSet([(d, *(p[s].tolist() for p in parts)) for s,o in enumerate(self.domains) if o==d]) for d in sorted(set(self.domains))}
+
 # %% ../nbs/02_calibration_pass.ipynb #f7dbb64a
 def each_batch(
     tokens:TokenSet,
@@ -66,10 +73,13 @@ def pass_layer(
     old:States,       # what enters it
     new:States,       # filled: what leaves it
     tokens:TokenSet, rotary:nn.Module, max_tokens:int, device='cpu',
-): # (LayerStats on the CPU, or None for a dense layer; tokens of a batch that fitted)
+    full=False,       # `ExpertStats` instead of `LayerStats`
+    moments=None,     # of the inputs, as in `ExpertStats`
+): # (statistics on the CPU, or None for a dense layer; tokens of a batch that fitted)
     "Move all tokens one layer on and look at its experts."
     moe = layer.mlp if hasattr(layer.mlp, 'experts') else None
-    fresh = lambda: LayerStats(len(moe.experts.down_proj), moe.experts.down_proj.shape[2], device)
+    (n, hidden, width), k = (moe.experts.down_proj.shape, moe.experts.config.num_experts_per_tok) if moe else ((0, 0, 0), 0)
+    fresh = lambda: ExpertStats(n, width, hidden, device, moments) if full else LayerStats(n, width, device)
     total = moe and fresh()
     def batch(a, b, lengths):
         nonlocal total
@@ -79,7 +89,7 @@ def pass_layer(
         p, s = route(moe, x), fresh()
         act = expert_hidden(moe.experts, x, p)
         f = grouped_linear(act, moe.experts.down_proj, p.counts)
-        s.update(moe.experts, act, f, p, moe.experts.config.num_experts_per_tok)
+        s.update(moe.experts, act, f, p, k, **dict(x=x) if full else {})
         new.write(a, h + combine(f, p, len(x)) + shared_output(moe, x))
         total += s
     max_tokens = each_batch(tokens, batch, max_tokens)
@@ -90,7 +100,7 @@ def pass_layer(
 def finished(
     folder:Path, # of a pass
     what:dict,   # what the pass is about
-) -> list: # LayerStats, or None for a dense layer, of the layers that are done
+) -> list: # statistics, or None for a dense layer, of the layers that are done
     "Take up the pass that a folder holds, or begin one there."
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder/'pass.json').exists():
@@ -101,7 +111,8 @@ def finished(
     while (f := folder/f'{len(done)}.safetensors').exists():
         found = load_file(f)
         if not found: done.append(None); continue
-        done.append(LayerStats.__new__(LayerStats)); vars(done[-1]).update(found)
+        kind = ExpertStats if what['full'] else LayerStats
+        done.append(kind.__new__(kind)); vars(done[-1]).update(found)
     return done
 
 # %% ../nbs/02_calibration_pass.ipynb #3be59a6d
@@ -112,11 +123,14 @@ def layer_statistics(
     folder=None,      # of the pass, to be continued if it is stopped; None keeps everything in memory
     device='cpu',
     max_tokens=None,  # of a batch; None takes 8,192 on a CPU and what fits on a GPU
-) -> list: # LayerStats of each layer, None for a dense one
+    full=False,       # all statistics of an expert (`ExpertStats`), not only those that a student is made of
+    moments=None,     # with them the second moments of the inputs: `full`, `layer` or None
+) -> list: # statistics of each layer, None for a dense one
     "One pass over the text; parts of it add up to the whole."
+    if moments and not full: raise BadInput(f'moments {moments!r} are part of the full statistics: full=True')
     max_tokens = max_tokens or (8192 if device=='cpu' else 2**17)
     part, model = tokens.shard(*shard, max_tokens), empty_model(ck)
-    what = dict(tokens=tokens.sha256, config=ck.config, nbytes=ck.nbytes, shard=list(shard), max_tokens=max_tokens)
+    what = dict(tokens=tokens.sha256, config=ck.config, nbytes=ck.nbytes, shard=list(shard), max_tokens=max_tokens, full=full, moments=moments)
     done = finished(Path(folder), json.loads(json.dumps(what))) if folder else []
     for f in Path(folder).glob('*.states') if folder else ():                  # of a layer that was done, or only begun
         if f.stem!=str(len(done)) or len(done)==model.config.num_hidden_layers: f.unlink()
@@ -126,7 +140,7 @@ def layer_statistics(
     if not done: embed_tokens(ck, part.ids, old)
     for i,layer in stream_layers(ck, model, len(done), device=device):
         new = States(len(part), model.config.hidden_size, file(i+1))
-        stats, max_tokens = pass_layer(layer, old, new, part, model.model.rotary_emb, max_tokens, device)
+        stats, max_tokens = pass_layer(layer, old, new, part, model.model.rotary_emb, max_tokens, device, full, moments)
         old.close(); old = new; done.append(stats)
         if folder:
             save_file({k: v.contiguous() for k,v in vars(stats).items()} if stats else {}, file(i, 'tmp')); os.replace(file(i, 'tmp'), file(i, 'safetensors'))

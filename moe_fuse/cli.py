@@ -58,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo'); c.add_argument('out', metavar='OUT', help='folder to make')
     c.add_argument('--calibration', default='demo', metavar='TEXT', help='demo, files, hub sets, as for run'); c.add_argument('--tokens', type=int, default=262144, help='calibration tokens')
     c.add_argument('--eval', default=None, metavar='TEXT', dest='eval_data', help='held-out text, as for run; left out, every eighth calibration document')
+    c.add_argument('--budget', type=float, metavar='KEEP', help='also say which widths, layer by layer and expert by expert, lose least at this size; two more passes over the text')
     c.add_argument('--keeps', default='0.5,0.25,0.125,0.0625', help='sizes, divided by commas'); c.add_argument('--seed', type=int, default=0, help='of sampling')
     c.add_argument('--device', default='auto', help='auto, cpu or cuda')
     c = command('eval', 'compare STUDENT with TEACHER on held-out text')
@@ -119,8 +120,15 @@ def run_command(
         from moe_fuse.analysis import analyse, verdict
         try: keeps = [float(k) for k in a.keeps.split(',')]
         except ValueError: raise BadInput(f'keeps {a.keeps!r} are not numbers divided by commas') from None
-        report = analyse(a.src, a.out, a.calibration, a.eval_data, a.tokens, keeps, seed=a.seed, device=a.device)
-        return json.dumps(report) if a.json else f'{verdict(report)}\n\nnumbers and pictures: {a.out}'
+        if a.budget is not None and not 0<a.budget<=1: raise BadInput(f'budget is {a.budget}, it must lie in (0, 1]')
+        report, more = analyse(a.src, a.out, a.calibration, a.eval_data, a.tokens, keeps, seed=a.seed, device=a.device), ''
+        if a.budget is not None:
+            from moe_fuse.budgets import budget_table, budgets
+            from moe_fuse.checkpoint import write_atomic
+            report['budget'] = budgets(a.src, a.budget, a.calibration, a.eval_data, a.tokens, seed=a.seed, device=a.device)
+            write_atomic(Path(a.out)/'analysis.json', json.dumps(report, indent=1)+'\n')
+            more = f'{budget_table(report["budget"])}\n\n'
+        return json.dumps(report) if a.json else f'{verdict(report)}\n\n{more}numbers and pictures: {a.out}'
     from moe_fuse.pipeline import compress, table
     from moe_fuse.planning import parse_bytes
     if a.device_budget is not None: a.device_budget = parse_bytes(a.device_budget)

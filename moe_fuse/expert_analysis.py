@@ -258,7 +258,8 @@ def __iadd__(self:LayerStats, o):
     "Add the statistics of other tokens; of two largest values the larger stays."
     shapes = [{k: v.shape for k,v in vars(s).items()} for s in (self, o)]
     if shapes[0]!=shapes[1]: raise ValueError(f'statistics of layers that differ: {", ".join(k for k in shapes[0] if shapes[0][k]!=shapes[1].get(k)) or "not the same kind"}')
-    for k,v in vars(self).items(): setattr(self, k, torch.maximum(v, getattr(o, k)) if k=='peak' else v+getattr(o, k))
+    new = {k: torch.maximum(v, getattr(o, k)) if k=='peak' else v+getattr(o, k) for k,v in vars(self).items()}
+    vars(self).update(new)                                                     # all of it or, where memory runs out above, nothing
     return self
 
 # %% ../nbs/02_expert_analysis.ipynb #6623b976

@@ -81,11 +81,11 @@ def add(self:JointRidge,
 
 @patch
 def solve(self:JointRidge,
-    ridge=1e-4, # lambda, relative to the mean of the normal matrix's diagonal
+    ridge=1e-4, # lambda, relative to the mean of the normal matrix's diagonal over neurons that ever fired
 ): # (down [N, H, r], shared [H, S]), float32
     "The fitted down projections; consumes the normal matrix."
     g = self.gram; self.gram = None
-    g.diagonal().add_(ridge*g.diagonal().mean().clamp(min=1e-12))
+    g.diagonal().add_(ridge*(g.diagonal().sum()/(g.diagonal()>0).sum().clamp(min=1)).clamp(min=1e-12))   # zero padding doesn't make it smaller
     l, d = torch.linalg.cholesky(g.mT, out=g.mT), self.rhs; self.rhs = None    # transposed it lies as LAPACK wants it: nothing is copied
     for t,upper in ((l, False), (l.mT, True)): torch.linalg.solve_triangular(t, d, upper=upper, out=d)
     d = self.d0 + d.float()

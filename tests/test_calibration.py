@@ -185,3 +185,30 @@ def test_the_report_counts_what_was_read(tmp_path, texts):
         assert set(r[k]['documents'])==set(r[k]['tokens'])=={'chat', 'code'} and r[k]['cut']>0 and r[k]['duplicates']==r[k]['empty']==0
         assert r[k]['origins']==sorted(texts[0].split(','))
     assert max(run.held.lengths)<=64 and 0 < r['held_out']['also_in_calibration'] <= len(run.held.lengths)
+
+def test_all_statistics_add_up_and_are_continued(tiny_teacher, tmp_path):
+    "ExpertStats with every moment: parts and a folder give what one pass gives, counts and peaks bit for bit"
+    ck, t, kw = Checkpoint(tiny_teacher), some_tokens([9, 30, 30, 30, 31, 40]*3), dict(max_tokens=70, full=True, moments='full')
+    whole = layer_statistics(ck, t, **kw)
+    for other in ([reduce(add, s) if s[0] else None for s in zip(*(layer_statistics(ck, t, (i, 3), **kw) for i in range(3)))],
+                  layer_statistics(ck, t, folder=tmp_path/'p', **kw), layer_statistics(ck, t, folder=tmp_path/'p', **kw)):
+        for a,b in zip(whole, other):
+            if a is None: assert b is None; continue
+            assert type(b) is type(a) and vars(a).keys()==vars(b).keys() and {'moments', 'peak', 'cosine'} <= vars(a).keys()
+            assert torch.equal(a.coactivation, b.coactivation) and torch.equal(a.peak, b.peak)
+            for k,v in vars(a).items(): assert (vars(b)[k]-v).abs().max() <= 1e-6*v.abs().max(), k
+            assert torch.allclose(a.moment(3, .1), b.moment(3, .1))
+    few = layer_statistics(ck, t, max_tokens=70)
+    for a,b in zip(whole, few):
+        if a: assert torch.equal(a.usefulness, b.usefulness) and torch.equal(a.coactivation, b.coactivation)
+    with pytest.raises(BadInput, match='other settings: full'): layer_statistics(ck, t, folder=tmp_path/'p', max_tokens=70)
+
+def test_domains_are_parts_too(tiny_teacher):
+    t = some_tokens([9, 12, 30, 7], assistant=True); parts = t.by_domain()
+    assert list(parts)==['a', 'b', 'c'] and {d: len(p) for d,p in parts.items()}==dict(t.count())
+    assert sorted(s.tolist() for p in parts.values() for s in p.ids.split(p.lengths))==sorted(s.tolist() for s in t.ids.split(t.lengths))
+    assert all(torch.equal(p.assistant, p.ids%2==0) for p in parts.values())
+
+def test_a_token_outside_the_vocabulary_is_named(tiny_teacher):
+    t = TokenSet([('a', [5]*9), ('a', [5]*20 + [2048])])
+    with pytest.raises(BadInput, match='row 29: token 2048 is outside the vocabulary of 2048'): layer_statistics(Checkpoint(tiny_teacher), t)

@@ -220,6 +220,51 @@ def test_batches_of_another_size_change_nothing(small, tiny_teacher, tmp_path, m
         else: assert torch.equal(x[k], y[k]), k
     for u,v in zip(a.report['evaluation']['slim']['mean'].values(), b.report['evaluation']['slim']['mean'].values()): assert abs(u-v) <= 1e-3*abs(u)
 
+@pytest.mark.parametrize('base', [V3, V2], ids=['v3', 'v2'])
+@pytest.mark.parametrize('where', ['attend', 'combine', 'block_forward'])
+def test_a_batch_that_runs_out_of_memory_is_done_again_and_counted_once(small, base, where, tmp_path, monkeypatch):
+    "At keep 1/2 nothing is chosen differently and the fit differs by float32 noise; counting a batch twice would move the fit by far more"
+    import moe_fuse.pipeline as p
+    src, real, calls = write(tmp_path/'src', *tiny(base)), getattr(p, where), []
+    a = small(src, tmp_path/'a', dtype='float32', keep=.5, baselines=[])
+    def tight(*args, **kw):
+        out = real(*args, **kw); calls.append(len(out))
+        if len(out)>700: raise torch.OutOfMemoryError('there was room for 700 tokens')
+        return out
+    monkeypatch.setattr(p, where, tight)
+    b = small(src, tmp_path/'b', dtype='float32', keep=.5, baselines=[])
+    assert max(calls)>700 and sum(n>700 for n in calls)<8                        # the size that fitted is kept
+    x, y = tensors_of(tmp_path/'a'), tensors_of(tmp_path/'b')
+    for k in x: assert (x[k]-y[k]).abs().max() <= 1e-3*x[k].abs().max(), k
+    for u,v in zip(a.report['evaluation']['slim']['mean'].values(), b.report['evaluation']['slim']['mean'].values()): assert abs(u-v) <= 1e-3*abs(u)
+
+# widths that differ
+
+@pytest.mark.parametrize('base', [V3, V2, V3|dict(n_shared_experts=3)], ids=['v3', 'v2', 'three shared'])
+def test_widths_that_differ_are_padded_and_load_stock(small, base, tmp_path):
+    "Also where the shared expert is padded, and through distillation; padding is zero and stays zero"
+    run = small(write(tmp_path/'src', *tiny(base)), tmp_path/'out', keep={1: 11, '2': [0, 20]*8}, dtype='float32', distill_steps=2, baselines=['reap'])
+    r, s = run.report, run.report['sizes']['slim']
+    assert (r['student']['expert_width'], s['routed'], r['recipe']['keep'])==(24, 3*48*(16*11+8*20), (16*11+8*20)/(2*16*32))
+    assert s['padded_bytes']-s['bytes']==4*3*48*(2*16*24 + 2*(r['student']['shared_experts']*24-base['n_shared_experts']*32) - 16*11-8*20)
+    assert f"{s['padded_bytes']/1e6:,.1f} MB with its padding" in str(run)
+    w = tensors_of(tmp_path/'out')
+    alive = lambda l,e: {k: int((w[f'model.layers.{l}.mlp.experts.{e}.{k}_proj.weight']!=0).any(d).sum()) for k,d in (('gate', 1), ('up', 1), ('down', 0))}
+    assert all(set(alive(1, e).values())=={11} and set(alive(2, e).values())=={20*(e%2)} for e in range(16))
+    ids, lengths, logits = in_memory(run, 'slim')
+    assert (stock_logits(tmp_path/'out', ids, lengths)-logits).abs().max() <= 1e-4*logits.abs().max()
+
+def test_equal_widths_are_a_uniform_student(small, tiny_teacher, tmp_path):
+    a, b = (small(tiny_teacher, tmp_path/n, keep=k, dtype='float32', baselines=[]).report for n,k in (('a', {1: 16, 2: 16}), ('b', .5)))
+    assert a['recipe']['keep']==.5 and abs(a['evaluation']['slim']['mean']['kl']/b['evaluation']['slim']['mean']['kl']-1) < 1e-3
+    assert {k: a['sizes']['slim'][k] for k in b['sizes']['slim']}==b['sizes']['slim'] and a['student']['expert_width']==b['student']['expert_width']==16
+
+@pytest.mark.parametrize('kw,say', [(dict(keep={1: 8}), 'layers \\[1\\], the layers with experts are \\[1, 2\\]'), (dict(keep={1: 8, 2: 33}), 'layer 2: .*0..32'), (dict(keep={1: 0, 2: 8}), 'layer 1: .*not all 0'),
+    (dict(keep={1: 8, 2: [8]*15}), 'layer 2: .*16 numbers'), (dict(keep={1: 8, 2: 8}, method='reap'), 'need method slim'), (dict(keep={1: 8, 2: 8}, shared_share=.5), 'no shared_share')])
+def test_widths_that_can_not_be_are_refused(kw, say, small, tiny_teacher, tmp_path):
+    with pytest.raises(BadInput, match=say): small(tiny_teacher, tmp_path/'out', **kw)
+    assert not list(tmp_path.iterdir())
+
 # killed, and continued
 
 def words(src, out, **kw): return ['run', str(src), str(out), *(w for k,v in (DEMO | kw).items() for w in (f'--{k.replace("_","-")}', str(v)))]
