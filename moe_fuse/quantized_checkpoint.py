@@ -32,6 +32,8 @@ def awq_scales(
         s = x**(a/grid)
         s = (s/(s.max()*s.min()).sqrt()).clamp(1e-4, 1e4)
         if power_of_two: s = s.log2().round().exp2()
+        if a and torch.equal(s, tried): continue                               # rounded, several alphas are one
+        tried = s
         loss = sum(((dequantize_awq(*quantize_awq(w.float()*s, group_size))/s - w.float()).square()@moment.float()).sum() for w in weights).item()
         if loss<least: best, least = s, loss
     return best
