@@ -20,6 +20,7 @@ p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDes
 p.add_argument('source', nargs='?', default='demo', help='folder, or demo'); p.add_argument('--card', action='store_true', help='run on the GPU')
 p.add_argument('--tokens', type=int, default=65536); p.add_argument('--eval-tokens', type=int, default=16384); p.add_argument('--keep', type=float, default=.25)
 p.add_argument('--steps', type=int, default=0, help='of distillation, a layer'); p.add_argument('--flop-tokens', type=int, default=8192, help='of the counted run; 0 leaves it out')
+p.add_argument('--device-budget', type=int, help='bytes that a layer of the source may take on the device')
 p.add_argument('--exact', action='store_true', help='let malloc keep no freed block of 1 MB or more')
 p.add_argument('--child', nargs=2, metavar=('KIND', 'FOLDER'), help=argparse.SUPPRESS)
 a = p.parse_args()
@@ -33,7 +34,7 @@ def write_text(path, split, tokens):
 
 def sizes_of(report=None, flops=False): # arguments of `run_sizes`
     tokens = dict(tokens=a.tokens, eval_tokens=a.eval_tokens) if report is None else {k: sum(report[f]['tokens'].values()) for k,f in (('tokens', 'calibration'), ('eval_tokens', 'held_out'))}
-    return dict(keep=a.keep, distill_steps=2 if flops else a.steps, card=a.card and not flops) | tokens
+    return dict(keep=a.keep, distill_steps=2 if flops else a.steps, card=a.card and not flops, device_budget=a.device_budget) | tokens
 
 def resident(key): # VmRSS, or VmHWM: the most since it was reset
     return next(int(l.split()[1])*1024 for l in open('/proc/self/status') if l.startswith(key))
@@ -67,18 +68,18 @@ def run(kind, folder):
     kw = dict(keep=a.keep, calibration=str(folder/'train.jsonl'), eval_data=str(folder/'valid.jsonl'), tokens=tokens[0], eval_tokens=tokens[1], device=device, quiet=True)
     if kind=='memory': pipeline.compress('demo', folder/'first', **kw | dict(tokens=2048, eval_tokens=2048), distill_steps=1)   # now the libraries' code is in memory, and CUDA's context
     counter, pipeline.Job.stage, pipeline.run_layers, pipeline.CheckpointWriter.write = None, noted, started, written
-    if kind=='memory': report = pipeline.compress(a.source, out, distill_steps=a.steps, **kw).report
+    if kind=='memory': report = pipeline.compress(a.source, out, distill_steps=a.steps, device_budget=a.device_budget, **kw).report
     else:
         from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
         cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu   # the counter knows the attention of GPUs only
         with FlopCounterMode(display=False, custom_mapping={cpu: lambda q, k, v, *_, **__: sdpa_flop(q, k, v)}) as counter:
-            report = pipeline.compress(a.source, out, distill_steps=2, **kw).report
+            report = pipeline.compress(a.source, out, distill_steps=2, device_budget=a.device_budget, **kw).report
     written = sum(f.stat().st_size for f in out.glob('*.safetensors'))
     print(json.dumps(dict(seen=seen, threads=torch.get_num_threads(), report=report, rates=rates, written=written)))
 
 def child(kind):
     with tempfile.TemporaryDirectory() as d:
-        options = [f'--{k.replace("_", "-")}' + ('' if v is True else f'={v}') for k,v in vars(a).items() if k not in ('source', 'child') and v is not False]
+        options = [f'--{k.replace("_", "-")}' + ('' if v is True else f'={v}') for k,v in vars(a).items() if k not in ('source', 'child') and v is not False and v is not None]
         argv = [sys.executable, __file__, a.source, *options, '--child', kind, d]
         r = subprocess.run(argv, stdout=subprocess.PIPE, env=os.environ | (dict(MALLOC_MMAP_THRESHOLD_='1000000') if a.exact else {}))
     if r.returncode: sys.exit(f'the {kind} run ended with exit code {r.returncode}')

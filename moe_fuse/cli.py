@@ -23,6 +23,7 @@ def add_plan(c): # the parser of `plan`
     c.add_argument('--shared-share', type=float, default=0., help='of the budget, for always-on neurons'); c.add_argument('--distill-steps', type=int, default=0, help='a layer')
     c.add_argument('--baselines', default='reap,mean', help='none for none'); c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
     c.add_argument('--states', default='float32', help='what hidden states wait on disk in')
+    c.add_argument('--device-budget', metavar='SIZE', help='bytes that a layer of SRC may take on the device, as in run')
     c.add_argument('--device-tflops', type=float, default=argparse.SUPPRESS, help='speed of products in float32, 10^12 operations a second; assumed if left out')
     c.add_argument('--bandwidth', type=float, default=argparse.SUPPRESS, help='speed of the device\'s memory, GB/s; assumed if left out')
     c.add_argument('--measure', action='store_true', help='time this machine instead of assuming its speed')
@@ -89,7 +90,7 @@ def plan_command(
     "Plan a run."
     from moe_fuse.planning import measure_machine, parse_bytes, parse_count, plan, read_source, run_sizes
     recipe = {k: getattr(a, k) for k in ('keep', 'method', 'shared_share', 'distill_steps', 'dtype', 'states')}
-    recipe |= dict(tokens=parse_count(a.tokens), eval_tokens=parse_count(a.eval_tokens), baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')])
+    recipe |= dict(tokens=parse_count(a.tokens), eval_tokens=parse_count(a.eval_tokens), baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')], device_budget=a.device_budget and parse_bytes(a.device_budget))
     memory = {k: parse_bytes(vars(a)[k]) for k in ('vram', 'ram', 'disk') if k in a}
     given = {k: vars(a)[f]*n for k,f,n in (('flops', 'device_tflops', 1e12), ('memory', 'bandwidth', 1e9)) if f in a}
     for k,v in given.items():

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['ITEM_BYTES', 'FAMILIES', 'SUPPORTED', 'PARTS', 'BadInput', 'read_json', 'Entry', 'read_header', 'Checkpoint',
-           'resolve_source', 'open_headers', 'Family', 'experts_key', 'stock_type', 'check_supported', 'disk_name',
-           'part_of', 'inspect', 'slim_widths', 'pruned_groups']
+           'resolve_source', 'open_headers', 'Family', 'experts_key', 'stock_type', 'check_supported',
+           'check_shrinkable', 'disk_name', 'part_of', 'inspect', 'slim_widths', 'slim_sizes', 'pruned_groups',
+           'LayerBytes', 'place_experts']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
@@ -172,6 +173,15 @@ def check_supported(
         if type(config.get(k)) is not int or config[k]<1: raise BadInput(f'config.json: {k} is {config.get(k)!r}, it must be a positive integer')
     return FAMILIES[t]
 
+# %% ../nbs/00_headers.ipynb #034e9dcf
+def check_shrinkable(
+    config:dict, # config.json
+) -> Family:
+    "Refuse what can be read but not shrunk, by name."
+    f = check_supported(config)
+    if not f.matrices: raise BadInput(f"model_type {config['model_type']!r} can be inspected and evaluated but not shrunk: its experts have biases, which a slim layer doesn't fit")
+    return f
+
 # %% ../nbs/00_headers.ipynb #293e37b3
 def disk_name(
     name:str,      # of a tensor in memory, e.g. `model.layers.1.mlp.gate.weight`
@@ -233,6 +243,15 @@ def slim_widths(
         if new*r >= n_shared*width: return r, new*r-n_shared*width, new
     raise BadInput(f'keep is {keep}, which leaves less than 8 neurons an expert')
 
+# %% ../nbs/00_headers.ipynb #ff4673a0
+def slim_sizes(
+    config:dict,            # config.json of the teacher
+    keep:float, shared_share=0., # as in `slim_widths`
+): # as `slim_widths`; always-on neurons behind the shared expert the teacher has
+    "The same from a config: DeepSeek and GLM count shared experts, Qwen2-MoE counts the shared expert's neurons, the others have none."
+    f = check_shrinkable(config)
+    return slim_widths(config[experts_key(config)], config[f.width], None if not f.shared else config.get('n_shared_experts') or 0, keep, shared_share)
+
 # %% ../nbs/00_headers.ipynb #7d2e3f90
 def pruned_groups(
     n_keep:int, n_group:int, topk_group:int, top_k:int, # experts that stay; the router's three numbers
@@ -242,3 +261,21 @@ def pruned_groups(
     g = next(g for g in range(n_group, 0, -1) if n_group%g==0 and n_keep%g==0 and n_keep//g>=2)
     used = min(g, max(-(-topk_group*g//n_group), -(-top_k*g//n_keep)))
     return (g, used) if used<g else (1, 1)                                     # all groups used is no groups; llama.cpp aborts on equal numbers
+
+# %% ../nbs/00_headers.ipynb #dad07b66
+class LayerBytes(NamedTuple):
+    "Bytes of one decoder layer."
+    rest: int    # attention, router, shared expert, norms, as floats
+    experts: int # routed experts, as floats
+    packed: int  # routed experts, as stored
+    expert: int  # the largest routed expert, as floats
+
+def place_experts(
+    b:LayerBytes, # of the layer
+    budget,       # bytes the layer's weights may take on the device; None for no limit
+) -> str: # `floats`, `packed` or `disk`
+    "The fastest place that fits; `BadInput` if none does."
+    if budget is None or b.rest+b.experts+b.expert <= budget: return 'floats'  # while it is copied into place, one expert exists twice
+    if b.rest+b.packed+2*b.expert <= budget: return 'packed'
+    if b.rest+2*b.expert <= budget: return 'disk'
+    raise BadInput(f'a budget of {budget:,} bytes is too small: one expert at a time, this layer needs {b.rest+2*b.expert:,}')

@@ -7,6 +7,7 @@ from moe_fuse.calibration import *
 from moe_fuse.cli import main
 from moe_fuse.expert_analysis import *
 from moe_fuse.headers import *
+import test_families
 from tiny_models import *
 
 PICTURES = {'analysis.json','coactivation.png','energy.png','load.png','prediction.png','similarity.png'}
@@ -112,3 +113,22 @@ def test_a_fault_on_the_way_leaves_nothing(texts, tmp_path, capfd):
     state['model.layers.2.mlp.experts.3.up_proj.weight'][0,0] = float('nan')
     assert main(['analyse', str(write(tmp_path/'t', config, state)), str(tmp_path/'o'), '--calibration', texts[0], '--tokens', '2048', '--keeps', '0.5'])==2
     assert 'model.layers.2.mlp.experts.3.up_proj.weight' in capfd.readouterr()[1] and not (tmp_path/'o').exists()
+
+# other families
+
+@pytest.mark.parametrize('family', ['qwen2_moe', 'qwen3_moe', 'mixtral', 'olmoe', 'glm4_moe', 'kimi_k2'])
+def test_every_family(family, texts, tmp_path):
+    "With and without shared experts, its gate, dense layers: a pilot of full size is the teacher, a smaller one loses"
+    config, state = test_families.tiny(family, **(dict(n_routed_experts=24) if family=='kimi_k2' else {}))
+    r = analyse(write(tmp_path/'t', config, state), tmp_path/'o', texts[0], keeps=(1., .5), **LESS)
+    assert [l['layer'] for l in r['layers']]==sorted({int(k.split('.')[2]) for k in state if '.experts.' in k})
+    assert abs(r['kl']['1.0']) < 1e-6 < r['kl']['0.5']
+    for l in r['layers']:
+        assert sum(l['counts'])==config['num_experts_per_tok']*sum(r['tokens'].values())
+        assert all(abs(v) < 1e-6 for v in l['predicted']['1.0'].values()) and l['predicted']['0.5']['fvu'] > .01
+    first = r['layers'][0]['predicted']['0.5']                                 # nothing was cut before it
+    assert abs(first['fvu']-first['fvu_alone']) < 1e-6 and first['fvu'] < 1 and 0 < first['energy_dropped'] < 1
+
+def test_experts_with_biases_are_refused(texts, tmp_path, capfd):
+    assert main(['analyse', str(write(tmp_path/'t', *test_families.tiny('gpt_oss'))), str(tmp_path/'o'), '--calibration', texts[0]])==2
+    assert 'not shrunk' in capfd.readouterr()[1] and not (tmp_path/'o').exists()

@@ -9,6 +9,8 @@ from moe_fuse.cli import main
 from moe_fuse.headers import *
 from moe_fuse.planning import *
 from moe_fuse.multiplex_lora import fuse_moe, pruned_moe, slim_moe
+from moe_fuse.streaming import layer_bytes, load_layer
+import test_families
 from tiny_models import *
 
 few = settings(max_examples=25, deadline=None)
@@ -87,6 +89,53 @@ def test_student_and_stages_are_those_of_a_run(demo_run):
     assert {s.name for s in stages(z, source_bytes(z.c))}-{'start'}==set(run.report['seconds'])-nothing
     assert z.kinds==run.report['kinds'] and MIN_TOKENS==calibration.MIN_TOKENS
 
+FAMILY = [f for f in test_families.CONFIGS if FAMILIES[f].matrices]
+SMALL = dict(kimi_k2=dict(n_routed_experts=24))                                # its 384 experts packed by hand are slow
+
+def routed(state): return max(int(k.split('.')[2]) for k in state if '.experts.' in k)  # the last layer that has experts
+
+@pytest.mark.parametrize('how', ['float32', 'bfloat16', 'mixed'])
+@pytest.mark.parametrize('family', FAMILY)
+def test_every_family_as_its_files_have_it(family, how, tmp_path):
+    "Parameters by part, bytes of the files, and what a layer takes where: from config.json alone"
+    config, disk, _ = test_families.packed(*test_families.tiny(family, **SMALL.get(family, {})), how)
+    if how!='mixed': config['dtype'] = how
+    if how=='mixed': config['quantization_config']['modules_to_not_convert'] = ['self_attn', 'shared_expert', 'gate'] + [f'model.layers.{i}.mlp' for i in range(4)]
+    ck = Checkpoint(write(tmp_path/'t', config, disk, tokenizer=False))
+    assert parameters(config)=={k:n for k,n in inspect(ck)['parameters'].items() if n}
+    if how!='mixed': assert source_bytes(config)['total']==ck.nbytes
+    assert layer_sizes(config)==layer_bytes(ck, f'model.layers.{routed(disk)}')
+
+@pytest.mark.parametrize('family', FAMILY)
+def test_every_family_has_blocks_as_large_as_planned(family):
+    c, state = test_families.tiny(family, **SMALL.get(family, {}))
+    z = run_sizes(c, keep=.5)
+    torch.manual_seed(0)
+    layer = AutoModelForCausalLM.from_config(CONFIG_MAPPING[stock_type(c)].from_dict(c | dict(model_type=stock_type(c)))).model.layers[routed(state)]
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    moe, use = layer.mlp, torch.rand(z.n, z.i)
+    assert (layer_weights(z, True), block_weights(z, 'teacher'))==(count(layer), count(moe))
+    assert block_weights(z, 'slim')==count(slim_moe(moe, use, .5)) and block_weights(z, 'mean')==count(fuse_moe(moe, torch.arange(z.n)%z.e, use.sum(1), mode='cores'))
+    if 'reap' in z.kinds: assert block_weights(z, 'reap')==count(pruned_moe(moe, use.sum(1), z.e))
+
+@pytest.mark.parametrize('place', ['floats', 'packed', 'disk'])
+def test_a_device_budget_puts_the_experts_where_the_run_puts_them(place, tmp_path):
+    "The smallest budget of each place, and what stays in memory with it"
+    config, state = tiny(V3)
+    config, disk, _ = pack(config, state, 'fp8')
+    ck = Checkpoint(write(tmp_path/'t', config, disk))
+    b = layer_sizes(config)
+    least = dict(floats=b.rest+b.experts+b.expert, packed=b.rest+b.packed+2*b.expert, disk=b.rest+2*b.expert)[place]
+    sizes = lambda n: run_sizes(config, keep=.5, tokens=2048, eval_tokens=2048, device_budget=n)
+    assert sizes(least).place==place
+    if place!='disk': assert sizes(least-1).place==dict(floats='packed', packed='disk')[place]
+    else:
+        with pytest.raises(BadInput, match='too small'): sizes(least-1)
+    from moe_fuse.awq_loading import empty_model
+    layer = load_layer(ck, empty_model(ck).model.layers[2], 'model.layers.2', budget=least)
+    held = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
+    assert sizes(least).teacher==held + (0 if place=='floats' else 2*b.expert)
+
 def planned(capfd, *argv):
     capfd.readouterr()
     assert main(['plan', *map(str, argv)])==0
@@ -107,12 +156,13 @@ def test_verdict_says_what_is_missing_and_what_helps(tmp_path, capfd):
     typed = out.split('are there; ')[1].split(' needs')[0].split()
     assert planned(capfd, 'demo', '--disk', small, '--tokens', '128k', *typed).startswith('fits: ')
     assert planned(capfd, 'demo', '--vram', '24GB').startswith('fits: ')
-    assert 'no setting brings it below' in planned(capfd, 'demo', '--vram', '100MB')
+    assert 'no single setting is enough; --device-budget 1MB: ' in planned(capfd, 'demo', '--vram', '100MB')
+    assert 'no setting brings it below' in planned(capfd, 'demo', '--vram', '100MB', '--device-budget', '1MB')
     assert 'no single setting is enough; --baselines none --states float8 --tokens 2048' in planned(capfd, 'demo', '--disk', '20MB', '--tokens', '8192', '--eval-tokens', '8192')
 
 @pytest.mark.parametrize('argv,say', [(('--vram', '24'), "'24'"), (('--ram', '8gb'), "'8gb'"), (('--disk=-1GB',), "'-1GB'"), (('--tokens', '2MB'), "'2MB'"), (('--tokens', '100'), 'tokens is 100, at least 2048'),
     (('--eval-tokens', '5'), 'eval_tokens is 5'), (('--keep', '0'), 'keep is 0'), (('--keep', '1.5'), 'keep is 1.5'), (('--keep', 'nan'), 'keep is nan'), (('--keep', '.01'), 'less than 8 neurons'), (('--method', 'magic'), "'magic'"),
-    (('--baselines', 'nope'), "'nope'"), (('--dtype', 'int8'), "'int8'"), (('--states', 'int8'), "'int8'"), (('--distill-steps', '-1'), 'distill_steps is -1'), (('--device-tflops', '0'), '--device-tflops'), (('--bandwidth', 'nan'), '--bandwidth')], ids=lambda v: ' '.join(v) if isinstance(v, tuple) else '')
+    (('--baselines', 'nope'), "'nope'"), (('--dtype', 'int8'), "'int8'"), (('--states', 'int8'), "'int8'"), (('--device-budget', '5'), "'5'"), (('--device-budget', '100KB'), 'a budget of 100,000 bytes'), (('--distill-steps', '-1'), 'distill_steps is -1'), (('--device-tflops', '0'), '--device-tflops'), (('--bandwidth', 'nan'), '--bandwidth')], ids=lambda v: ' '.join(v) if isinstance(v, tuple) else '')
 def test_what_can_not_be_is_named(argv, say, capfd):
     assert main(['plan', 'demo', *argv])==2
     out, err = capfd.readouterr()
