@@ -10,6 +10,7 @@ __all__ = ['KEEP_COLORS', 'effective_rank', 'fire_together', 'survey_layer', 'fi
 
 # %% ../nbs/09_analysis.ipynb #2283d14f
 import json, shutil, time
+from functools import partial
 from pathlib import Path
 
 import numpy as np, torch
@@ -57,7 +58,7 @@ def survey_layer(
 ): # (ExpertStats, covariance of the routed output [H, H] float64, inputs [R, H], outputs of the block [R, H])
     "Everything that is asked of the teacher, in one pass."
     moe, xs, ys = layer.mlp, [], []
-    (n, h, i), k = moe.experts.down_proj.shape, moe.config.num_experts_per_tok
+    (n, h, i), k = moe.experts.down_proj.shape, moe.experts.config.num_experts_per_tok
     stats, square, total = ExpertStats(n, i, h, device), *(torch.zeros(*z, dtype=torch.float64, device=device) for z in ((h, h), (h,)))
     for a,b,lengths in tokens.batches(batch):
         state = attend(layer, s.read(a, b, device), lengths, rotary)
@@ -68,7 +69,7 @@ def survey_layer(
         stats.update(moe.experts, act, f, p, k)
         y = combine(f, p, len(x))
         square += y.T@y; total += y.sum(0)
-        out = y + moe.shared_experts(x)
+        out = y + shared_output(moe, x)
         s.write(a, state+out)
         mine = rows[(rows>=a)&(rows<b)].to(device)-a
         xs.append(x[mine]); ys.append(out[mine])
@@ -83,12 +84,13 @@ def fit_block(
     y:torch.Tensor, # [R, H] what the teacher's block puts out
 ) -> nn.Module: # the same
     "Fit a block's down projections on a sample."
-    s, e = slim.shared_experts, slim.experts
-    fit = JointRidge(e.down_proj, s.down_proj.weight)
+    s, e = shared_expert(slim), slim.experts
+    fit = JointRidge(e.down_proj, s.down_proj.weight if s else e.down_proj.new_zeros(e.down_proj.shape[1], 0))
     for xb,yb in zip(*(t.split(max(256, 2**25//len(fit.d0))) for t in (x, y))):
         p = route(slim, xb)
         fit.add(expert_hidden(e, xb, p), p, shared_hidden(slim, xb), yb)
-    e.down_proj.data, s.down_proj.weight.data = fit.solve()
+    e.down_proj.data, shared = fit.solve()
+    if s: s.down_proj.weight.data = shared
     return slim
 
 def fit_slim(
@@ -129,7 +131,7 @@ def predict_layer(
     rotary:nn.Module, device='cpu', batch=8192,
 ) -> dict: # keep -> `fvu` of the pilot, `fvu_alone` where only this layer is fused, `energy_dropped` before any fit
     "What each pilot loses in one layer; all are fractions of the routed output's variance or energy."
-    moe, shared = layer.mlp, layer.mlp.shared_experts
+    moe, shared = layer.mlp, partial(shared_output, layer.mlp)
     xt, yt = pilot_layer(layer, moe, teacher, tokens, rotary, device, batch)
     yt = yt-shared(xt)
     out = {}
@@ -317,7 +319,7 @@ def possible_keeps(
     "Which sizes can be made."
     ok, bad = [], {}
     for k in sorted({float(k) for k in keeps}, reverse=True):
-        try: slim_widths(config['n_routed_experts'], config['moe_intermediate_size'], config.get('n_shared_experts') or 0, k)
+        try: slim_sizes(config, k)
         except BadInput as e: bad[str(k)] = str(e)
         else: ok.append(k)
     if not ok: raise BadInput(next(iter(bad.values())) if bad else 'no keep was given')
@@ -367,8 +369,7 @@ def analyse(
 ) -> dict: # what analysis.json holds
     "Look at a teacher, and say what students of several sizes would lose."
     start, out, ck = time.perf_counter(), Path(out), Checkpoint(resolve_source(src))
-    check_supported(ck.config)
-    if ck.config['model_type'] not in ('deepseek_v2', 'deepseek_v3'): raise BadInput(f"model_type {ck.config['model_type']!r} can't be analysed yet; deepseek_v2 and deepseek_v3 can")
+    check_shrinkable(ck.config)
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     ok, impossible = possible_keeps(ck.config, keeps)
     if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder')

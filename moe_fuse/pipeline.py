@@ -281,8 +281,7 @@ def check_recipe(
     recipe:dict,   # arguments of `compress`
 ) -> list: # kinds to make, the student first; a baseline that can't exist at this size is left out
     "Refuse what can't work, before it costs anything."
-    c, f = ck.config, check_supported(ck.config); n = c[experts_key(c)]
-    if not f.matrices: raise BadInput(f"model_type {c['model_type']!r} can be inspected and evaluated but not shrunk: its experts have biases, which a slim layer doesn't fit")
+    c = ck.config; check_shrinkable(c); n = c[experts_key(c)]
     if recipe['method'] not in METHODS: raise BadInput(f"method {recipe['method']!r} is none of {', '.join(METHODS)}")
     for b in recipe['baselines']:
         if b not in ('reap', 'mean'): raise BadInput(f'baseline {b!r} is neither reap nor mean')
@@ -291,7 +290,7 @@ def check_recipe(
     if recipe['dtype'] not in ('bfloat16', 'float16', 'float32'): raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
     if recipe['states'] not in STATE_DTYPES: raise BadInput(f"states {recipe['states']!r} is none of {', '.join(STATE_DTYPES)}")
     if 'widths' in recipe and (recipe['method']!='slim' or recipe['shared_share']): raise BadInput('widths that differ need method slim and no shared_share')
-    if 'widths' not in recipe: slim_widths(n, c[f.width], None if not f.shared else c.get('n_shared_experts') or 0, recipe['keep'], recipe['shared_share'])
+    if 'widths' not in recipe: slim_sizes(c, recipe['keep'], recipe['shared_share'])
     kinds = [recipe['method'], *(b for b in recipe['baselines'] if b!=recipe['method'])]
     try: pruned_groups(max(1, round(n*recipe['keep'])), c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
     except BadInput:
