@@ -1,0 +1,86 @@
+"Written students in llama.cpp: the same logits, the same words, and nothing that it would misread."
+import json, os, subprocess, sys
+from pathlib import Path
+import numpy as np, pytest, torch, transformers
+from safetensors.torch import load_file
+from tiny_models import *
+from moe_fuse.checkpoint import *
+from moe_fuse.headers import *
+from moe_fuse.llama_cpp import *
+from moe_fuse.pipeline import compress
+
+try: import llama_cpp
+except ImportError: llama_cpp = None
+missing = 'llama-cpp-python is not installed' if llama_cpp is None else None if os.environ.get('LLAMA_CPP') else 'LLAMA_CPP names no converter'
+if missing and os.environ.get('CI'): raise RuntimeError(f'{missing}: these tests must run in CI')
+engine = pytest.mark.skipif(bool(missing), reason=str(missing))
+
+def run_both(folder, file, ids, steps=32): # -> (largest difference of logits, tokens of transformers, tokens of llama.cpp)
+    hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    x = torch.tensor([ids])
+    with torch.no_grad():
+        want = hf(x).logits[0].numpy()
+        words = hf.generate(x, attention_mask=torch.ones_like(x), max_new_tokens=steps, min_new_tokens=steps, do_sample=False, pad_token_id=0)[0,len(ids):].tolist()
+    m = llama_cpp.Llama(str(file), logits_all=True, n_ctx=len(ids)+steps, type_k=0, type_v=0, flash_attn=False, verbose=False)
+    m.eval(ids); got, mine = np.array(m.scores[:len(ids)]), []
+    eos = hf.generation_config.eos_token_id
+    for _ in range(steps):
+        z = np.array(m.scores[m.n_tokens-1]); z[[] if eos is None else eos] = -np.inf   # as min_new_tokens does
+        mine.append(int(z.argmax())); m.eval(mine[-1:])
+    m.close()
+    return np.abs(got-want).max(), words, mine
+
+@pytest.fixture(scope='module')
+def students(tmp_path_factory):
+    d = tmp_path_factory.mktemp('students')
+    for name,kw in dict(slim=dict(keep=.25), pruned=dict(keep=.5, method='reap'), shared=dict(keep=.5, shared_share=.25)).items():
+        compress('demo', d/name, tokens=4096, eval_tokens=2048, baselines=(), dtype='float32', quiet=True, **kw)
+    return d
+
+@engine
+@pytest.mark.parametrize('name', ['slim', 'pruned', 'shared'])
+def test_students_of_the_trained_teacher(students, tmp_path, name):
+    found = write_gguf(students/name, tmp_path/'s.gguf', 'f32')
+    assert found['vocabulary'] and sorted(f.name for f in tmp_path.iterdir())==['s.gguf']
+    tok = transformers.AutoTokenizer.from_pretrained(students/name)
+    text = 'class Reader:\n    """Reads `path` — naïve, 2.5x slower."""\n    def __init__(self, path):\n        self.path = path\n\n    def read(self):'
+    ids = tok(text)['input_ids']
+    far, words, mine = run_both(students/name, tmp_path/'s.gguf', ids)
+    assert far<1e-4 and words==mine
+    m = llama_cpp.Llama(str(tmp_path/'s.gguf'), vocab_only=True, verbose=False)
+    assert m.tokenize(text.encode(), add_bos=False, special=False)==ids
+    m.close()
+
+@engine
+@pytest.mark.parametrize('how', ['f16', 'bf16', 'q8_0', 'q4_0', 'q4_k_m', 'q6_k'])
+def test_every_type_is_written_and_read(students, tmp_path, how):
+    r = write_gguf(students/'slim', tmp_path/'s.gguf', how)
+    assert r['bytes']==(tmp_path/'s.gguf').stat().st_size and sorted(f.name for f in tmp_path.iterdir())==['s.gguf']
+    m = llama_cpp.Llama(str(tmp_path/'s.gguf'), n_ctx=64, verbose=False)
+    assert m.create_completion('import ', max_tokens=4)['choices'][0]['text']
+    m.close()
+    assert ('hidden_size' in r['odd_columns'])==(how in ('q4_k_m', 'q6_k'))
+
+@engine
+def test_unknown_tokenizer_gives_token_ids_only(students, tmp_path):
+    import shutil
+    shutil.copytree(students/'slim', tmp_path/'s')
+    t = json.loads((tmp_path/'s'/'tokenizer.json').read_text()); t['pre_tokenizer'] = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), t['pre_tokenizer']])
+    (tmp_path/'s'/'tokenizer.json').write_text(json.dumps(t))
+    assert not write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')['vocabulary']
+    far, words, mine = run_both(tmp_path/'s', tmp_path/'s.gguf', list(range(5, 40)))
+    assert far<1e-4 and words==mine
+
+@engine
+def test_a_failing_converter_leaves_nothing(students, tmp_path):
+    import shutil
+    shutil.copytree(students/'slim', tmp_path/'s')
+    c = json.loads((tmp_path/'s'/'config.json').read_text()); c['num_hidden_layers'] += 1
+    (tmp_path/'s'/'config.json').write_text(json.dumps(c | dict(moe_intermediate_size=10**9)))
+    shutil.rmtree(tmp_path/'s'/'tokenizer.json', ignore_errors=True); (tmp_path/'s'/'tokenizer.json').unlink()
+    with pytest.raises(BadInput, match='converter failed|would not run'): write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')
+    assert not list(tmp_path.glob('*.gguf*'))
+
+def test_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(BadInput, match='weights are packed'): write_gguf('demo', tmp_path/'s.gguf')
+    assert not list(tmp_path.iterdir())
