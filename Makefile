@@ -1,4 +1,4 @@
-# make demo | test | docs | outputs | readme | set-up | clean. Needs python3 (3.10-3.12), make and git; PYTHON=python3.12 picks another interpreter.
+# make demo | test | docs | outputs | readme | set-up | llama | clean. Needs python3 (3.10-3.12), make and git; PYTHON=python3.12 picks another interpreter.
 PYTHON   ?= python3
 VENV     ?= .venv
 DEMO_OUT ?= demo_out
@@ -15,20 +15,27 @@ VENV_OK  := $(VENV)/.venv-$(VENV_KEY)
 # Test oracles. mergekit and AutoAWQ are only asked whether our numbers agree with theirs, so they come without what they
 # declare: triton for kernels that need a GPU, protobuf and sentencepiece for other people's tokenizers. That saves 600 MB.
 ORACLES  := mergekit immutables autoawq
+# llama.cpp: compiled from the sources of its Python binding, which hold the GGUF converter too
+LLAMA    := llama-cpp-python==0.3.36
+export LLAMA_CPP ?= $(abspath $(VENV))/llama.cpp
+export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+LLAMA_OK := $(VENV)/.$(subst ==,-,$(LLAMA))
 RUN_OK   := $(VENV)/.run-$(KEY)
 DEV_OK   := $(VENV)/.dev-$(KEY)
 
-.PHONY: demo test set-up docs outputs readme clean
+.PHONY: demo test set-up llama docs outputs readme clean
 
 demo: $(RUN_OK)
 	rm -rf "$(DEMO_OUT)"
 	$(BIN)/moe-fuse run demo "$(DEMO_OUT)" --keep 0.25
 
-test: $(DEV_OK)
+test: $(DEV_OK) $(LLAMA_OK)
 	@fail=0; for nb in nbs/*.ipynb; do echo $$nb; $(BIN)/python -m pytest -q -ra $$nb || fail=1; done; \
 	$(BIN)/python -m pytest -q -ra tests || fail=1; exit $$fail   # a process for each notebook: none sees what another patched
 
 set-up: $(DEV_OK)
+
+llama: $(LLAMA_OK)
 
 docs: $(DEV_OK)
 	$(BIN)/python tools/site.py
@@ -54,3 +61,11 @@ $(DEV_OK): $(RUN_OK)
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
 	$(PIP) install -q -c constraints.txt --no-deps $(ORACLES)
 	@rm -f $(VENV)/.dev-*; touch $@
+
+# a compiler may be missing: then the tests that need llama.cpp are skipped, except where CI is set
+$(LLAMA_OK): | $(DEV_OK)
+	rm -rf $(VENV)/llama && mkdir -p $(VENV)/llama
+	-cd $(VENV)/llama && ../bin/python -m pip --disable-pip-version-check download -q --no-deps --no-binary :all: $(LLAMA) && tar xzf *.tar.gz --strip-components=1 && \
+	../bin/python -m pip --disable-pip-version-check install -q -c "$(CURDIR)/constraints.txt" diskcache && ../bin/python -m pip --disable-pip-version-check install -q --no-deps ./*.tar.gz && \
+	rm -rf ../llama.cpp && mkdir ../llama.cpp && mv vendor/llama.cpp/convert_hf_to_gguf.py vendor/llama.cpp/conversion vendor/llama.cpp/gguf-py vendor/llama.cpp/LICENSE ../llama.cpp/ && touch ../$(notdir $@)
+	rm -rf $(VENV)/llama

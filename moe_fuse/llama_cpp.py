@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .headers import *
 
-# %% ../nbs/07_llama_cpp.ipynb #76c2cf01
+# %% ../nbs/07_llama_cpp.ipynb #e16f10b0
 def llama_cpp_problems(
     config:dict, # config.json
 ) -> list: # of texts, one for each reason
@@ -22,9 +22,11 @@ def llama_cpp_problems(
     n = c[experts_key(c)]
     if c.get('quantization_config'): out.append(f"weights are packed ({c['quantization_config'].get('quant_method')}); the converter needs a checkpoint in bfloat16, float16 or float32")
     if n>1024: out.append(f'{n} experts, at most 1024 are read')
+    if c.get('mlp_only_layers') or c.get('decoder_sparse_step', 1)!=1: out.append('there are dense layers among the routed ones')
     if stock_type(c) not in ('deepseek_v2', 'deepseek_v3'): return out
     if not c.get('n_shared_experts'): out.append('n_shared_experts is 0, at least 1 is asked for')
     if c.get('q_lora_rank') is None and c['num_hidden_layers'] not in (26, 27): out.append(f"q_lora_rank is null and there are {c['num_hidden_layers']} layers; only V2-Lite's 26 or 27 are read without it")
+    if stock_type(c)=='deepseek_v2' and c.get('norm_topk_prob'): out.append('norm_topk_prob is true; the weights would be normalised, which transformers does not do for DeepSeek-V2')
     if stock_type(c)=='deepseek_v2' and c.get('topk_method')=='group_limited_greedy': out.append('topk_method group_limited_greedy is computed from the sum of the best two of a group, not from the best')
     if stock_type(c)=='deepseek_v3':
         g, k = c.get('n_group') or 1, c.get('topk_group') or 1
@@ -46,7 +48,7 @@ def odd_columns(
     if f.shared=='n_shared_experts': columns['shared experts'] = (config.get(f.shared) or 0)*config[f.width]
     return {k:n for k,n in columns.items() if n and n%BLOCKS[how]}
 
-# %% ../nbs/07_llama_cpp.ipynb #d9a235c8
+# %% ../nbs/07_llama_cpp.ipynb #3c550627
 DRIVER = """
 import json, sys, transformers
 from pathlib import Path
@@ -54,9 +56,9 @@ folder, model, outfile, outtype = sys.argv[1:]
 sys.path[:0] = [folder, folder+'/gguf-py']
 load = transformers.AutoTokenizer.from_pretrained
 transformers.AutoTokenizer.from_pretrained = lambda *args, **kw: load(*args, **kw | dict(trust_remote_code=False))
-from conversion import ModelBase, base
-from conversion.deepseek import DeepseekV2Model
-known = base.TextModel.get_vocab_base_pre
+import convert_hf_to_gguf
+from conversion import base
+known, spm, find = base.TextModel.get_vocab_base_pre, base.TextModel._set_vocab_sentencepiece, convert_hf_to_gguf.get_model_class
 def cuts_like_gpt2(tokenizer):
     t = json.loads(tokenizer.backend_tokenizer.to_str()); p = t['pre_tokenizer'] or {}
     return t['normalizer'] is None and p.get('type')=='ByteLevel' and p.get('use_regex', True) and not p.get('add_prefix_space')
@@ -65,15 +67,18 @@ def pre(self, tokenizer):
     except NotImplementedError:
         if cuts_like_gpt2(tokenizer): return 'gpt-2'
         raise
-base.TextModel.get_vocab_base_pre = pre
-def guarded(set_vocab):
+def sentencepiece(self, *args, **kw):
+    if not (self.dir_model/'tokenizer.model').exists(): raise FileNotFoundError('tokenizer.model')
+    return spm(self, *args, **kw)
+def guarded(*args, **kw):
+    cls = find(*args, **kw); set_vocab = cls._set_vocab_gpt2 if cls.__name__=='DeepseekV2Model' else cls.set_vocab
     def f(self):
         try: set_vocab(self)
-        except NotImplementedError: print('UNKNOWN TOKENIZER', flush=True); self._set_vocab_none()
-    return f
-DeepseekV2Model.set_vocab = guarded(DeepseekV2Model._set_vocab_gpt2)
+        except (NotImplementedError, KeyError): print('UNKNOWN TOKENIZER', flush=True); self._set_vocab_none()
+    cls.set_vocab = f
+    return cls
+base.TextModel.get_vocab_base_pre, base.TextModel._set_vocab_sentencepiece, convert_hf_to_gguf.get_model_class = pre, sentencepiece, guarded
 sys.argv = ['convert_hf_to_gguf.py', model, '--outfile', outfile, '--outtype', outtype]
-import convert_hf_to_gguf
 convert_hf_to_gguf.main()
 """
 

@@ -1,10 +1,7 @@
 "Written students in llama.cpp: the same logits, the same words, and nothing that it would misread."
-import json, os, subprocess, sys
-from pathlib import Path
+import json, os, shutil
 import numpy as np, pytest, torch, transformers
-from safetensors.torch import load_file
 from tiny_models import *
-from moe_fuse.checkpoint import *
 from moe_fuse.headers import *
 from moe_fuse.llama_cpp import *
 from moe_fuse.pipeline import compress
@@ -63,7 +60,6 @@ def test_every_type_is_written_and_read(students, tmp_path, how):
 
 @engine
 def test_unknown_tokenizer_gives_token_ids_only(students, tmp_path):
-    import shutil
     shutil.copytree(students/'slim', tmp_path/'s')
     t = json.loads((tmp_path/'s'/'tokenizer.json').read_text()); t['pre_tokenizer'] = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), t['pre_tokenizer']])
     (tmp_path/'s'/'tokenizer.json').write_text(json.dumps(t))
@@ -73,12 +69,9 @@ def test_unknown_tokenizer_gives_token_ids_only(students, tmp_path):
 
 @engine
 def test_a_failing_converter_leaves_nothing(students, tmp_path):
-    import shutil
     shutil.copytree(students/'slim', tmp_path/'s')
-    c = json.loads((tmp_path/'s'/'config.json').read_text()); c['num_hidden_layers'] += 1
-    (tmp_path/'s'/'config.json').write_text(json.dumps(c | dict(moe_intermediate_size=10**9)))
-    shutil.rmtree(tmp_path/'s'/'tokenizer.json', ignore_errors=True); (tmp_path/'s'/'tokenizer.json').unlink()
-    with pytest.raises(BadInput, match='converter failed|would not run'): write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')
+    (tmp_path/'s'/'tokenizer.json').write_text('{')
+    with pytest.raises(BadInput, match='converter failed'): write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')
     assert not list(tmp_path.glob('*.gguf*'))
 
 def test_refused_before_anything_is_written(tmp_path):
