@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODES', 'with_config', 'fill', 'slim_moe', 'pruned_moe', 'delta_shapes', 'FusedMoE', 'Dispatch', 'dispatch',
            'to_cores', 'sum_members', 'to_tokens', 'block_forward', 'neuron_cores', 'svd_lora', 'shared_lora',
-           'fit_deltas', 'fuse_moe']
+           'fit_deltas', 'fuse_moe', 'fused_parameters']
 
 # %% ../nbs/04_multiplex_lora.ipynb #96612534
 import copy, math
@@ -315,7 +315,13 @@ def shared_lora(
     "One A and B for all members, and a code for each, by alternating least squares."
     return _shared_lora(delta, rank, *_roots(moment))
 
-# %% ../nbs/04_multiplex_lora.ipynb #624845dd
+# %% ../nbs/04_multiplex_lora.ipynb #58332b4f
+def _roots_of(moment):
+    "id -> roots; those of one matrix are computed once"
+    if callable(moment): return lambda i: _roots(moment(i))
+    r = _roots(moment)
+    return lambda i: r
+
 def fit_deltas(
     fused:FusedMoE,      # whose LoRA is set
     experts:nn.Module,   # the teacher's
@@ -324,15 +330,14 @@ def fit_deltas(
 ):
     "Set every LoRA to the best approximation of what its expert misses; one expert in float32 at a time, or one group."
     r, groups, shared = fused.rank, fused.groups.tolist(), fused.mode=='fused_lora'
-    at = [m if callable(m) else lambda i, s=_roots(m): s for m in (moment, moment_down)]
-    roots = lambda k, i: _roots(at[k](i)) if callable((moment, moment_down)[k]) else at[k](i)
+    at_x, at_h = _roots_of(moment), _roots_of(moment_down)
     for g in range(len(fused.down_proj)) if shared else range(len(groups)):
         ids = [i for i,e in enumerate(groups) if e==g] if shared else [g]
         if not ids: continue
         e = groups[ids[0]]
         gate, up = torch.stack([experts.gate_up_proj[i].float() - fused.gate_up_proj[e].float() for i in ids]).chunk(2, 1)
         down = torch.stack([experts.down_proj[i].float() - fused.down_proj[e].float() for i in ids])
-        (ag, bg, *mg), (au, bu, *mu), (ad, bd, *md) = ((_shared_lora if shared else _svd_lora)(v, r, *roots(k, ids[0])) for v,k in ((gate, 0), (up, 0), (down, 1)))
+        (ag, bg, *mg), (au, bu, *mu), (ad, bd, *md) = ((_shared_lora if shared else _svd_lora)(v, r, *at(ids[0])) for v,at in ((gate, at_x), (up, at_x), (down, at_h)))
         new = dict(a_gate_up=torch.cat([ag, au], -2), b_gate=bg, b_up=bu, a_down=ad, b_down=bd)
         for k,v in new.items(): getattr(fused, k).data[g] = v if shared else v[0]
         if shared: fused.m_gate_up.data[ids], fused.m_down.data[ids] = (v.to(fused.m_down.dtype) for v in (torch.cat([*mg, *mu], 1), md[0]))
@@ -354,3 +359,14 @@ def fuse_moe(
     if fused.rank and down.shape[2]!=i: raise BadInput(f'cores of width {down.shape[2]} have no difference to experts of width {i}: take rank 0, or train the LoRA of a `FusedMoE` from zero')
     if fused.rank: fit_deltas(fused, moe.experts, moment, moment_down)
     return fused.requires_grad_(False)
+
+# %% ../nbs/04_multiplex_lora.ipynb #ebe66513
+def fused_parameters(
+    n:int, h:int, i:int, # experts, hidden size, expert width
+    cores:int, rank:int, # E, r
+    mode='exact',        # one of `MODES`
+    width=None,          # R of the cores; None means `i`
+) -> int:
+    "Routed parameters of one fused layer."
+    width = width or i
+    return cores*3*h*width + sum(map(math.prod, delta_shapes(mode, n, cores, h, width, rank).values()))
