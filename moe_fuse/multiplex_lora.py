@@ -123,7 +123,7 @@ class FusedMoE(nn.Module):
         self.gate, self.act_fn, self.mode, self.rank = moe.gate, moe.experts.act_fn, mode, rank if 'a_down' in shapes else 0
         for k,m in moe.named_children():
             if k.startswith('shared_expert'): setattr(self, k, copy.deepcopy(m))
-        self.groups = nn.Buffer(groups.to(down.device, torch.long))
+        self.groups = nn.Buffer(groups.to(down.device, torch.long, copy=True))        # layers may be given one tensor, files hold it for each
         self.gate_up_proj, self.down_proj = nn.Parameter(gate_up), nn.Parameter(down)
         for k,s in shapes.items(): setattr(self, k, nn.Parameter(down.new_empty(s)))
         self.init_deltas()
