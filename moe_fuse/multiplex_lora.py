@@ -164,7 +164,7 @@ def dispatch(
     member = torch.where(same & leads[:,:,None], weights[:,None,:], 0)
     return Dispatch(indices, p, q, leads, member, q.row.view_as(first).gather(1, first).flatten()[p.slot])
 
-# %% ../nbs/04_multiplex_lora.ipynb #25bf0796
+# %% ../nbs/04_multiplex_lora.ipynb #48e0d7e3
 def to_cores(
     v:torch.Tensor, # [T, k, ...] or [T, 1, ...] values of the slots
     d:Dispatch,     # of the batch
@@ -180,7 +180,7 @@ def sum_members(
     d:Dispatch,         # of the batch
 ) -> torch.Tensor: # [P, ...] sorted by core
     "Sum the members of each core."
-    return to_cores(share.to(v.dtype) @ v[d.expert.row].view(*d.ids.shape, -1), d)
+    return to_cores(share.to(v.dtype) @ v[d.expert.row].view(*d.ids.shape, v.shape[1]), d)
 
 def to_tokens(
     v:torch.Tensor,      # [P, H] rows
