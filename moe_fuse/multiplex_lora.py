@@ -164,15 +164,15 @@ def dispatch(
     member = torch.where(same & leads[:,:,None], weights[:,None,:], 0)
     return Dispatch(indices, p, q, leads, member, q.row.view_as(first).gather(1, first).flatten()[p.slot])
 
-# %% ../nbs/04_multiplex_lora.ipynb #48e0d7e3
+# %% ../nbs/04_multiplex_lora.ipynb #cb349e36
 def to_cores(
-    v:torch.Tensor, # [T, k, ...] or [T, 1, ...] values of the slots
+    v:torch.Tensor, # [P, ...] values of the slots, or [T, ...] of the tokens
     d:Dispatch,     # of the batch
+    per=1,          # slots a row of v: 1, or k
 ) -> torch.Tensor: # [P, ...] sorted by core
     "Values of the slots that lead."
-    v = v.expand(*d.leads.shape, *v.shape[2:])
-    if torch.is_grad_enabled(): v = v.masked_fill(~d.leads[:,:,None], 0)       # its gradient too
-    return v.flatten(0, 1)[d.core.slot]
+    v = v[d.core.slot//per]
+    return v.masked_fill(~d.leads.flatten()[d.core.slot,None], 0) if torch.is_grad_enabled() else v   # for the gradient
 
 def sum_members(
     v:torch.Tensor,     # [P, ...] one row an expert, sorted by expert
@@ -180,7 +180,7 @@ def sum_members(
     d:Dispatch,         # of the batch
 ) -> torch.Tensor: # [P, ...] sorted by core
     "Sum the members of each core."
-    return to_cores(share.to(v.dtype) @ v[d.expert.row].view(*d.ids.shape, v.shape[1]), d)
+    return to_cores((share.to(v.dtype) @ v[d.expert.row].view(*d.ids.shape, v.shape[1])).flatten(0, 1), d)
 
 def to_tokens(
     v:torch.Tensor,      # [P, H] rows
@@ -203,7 +203,7 @@ def mixed_lora(self:FusedMoE, z, part, share, d): # [P, in] sorted by core -> li
     "What the members of a core add to its projection, mixed before the nonlinearity."
     if self.mode!='fused_lora': return [sum_members(v, share, d) for v in self.lora(z[d.inv], part, d.expert.ends)]
     code = share.to(z.dtype) @ getattr(self, 'm_'+part)[d.ids]                 # sum_i p_i M_i  [T, k, rank]
-    return self.lora(z, part, d.core.ends, to_cores(code, d))
+    return self.lora(z, part, d.core.ends, to_cores(code.flatten(0, 1), d))
 
 # %% ../nbs/04_multiplex_lora.ipynb #6cfc65e6
 @patch
@@ -211,8 +211,8 @@ def mixed(self:FusedMoE, x, d): # [T, H] -> [T, H]
     "All modes but `exact`."
     s = d.member.sum(2)                                                        # s_e, zero for slots that don't lead
     share = d.member/s.clamp(min=torch.finfo(s.dtype).tiny)[:,:,None]          # p_i
-    z = x[:,None] + share.to(x.dtype) @ self.multiplex[d.ids] if self.mode.startswith('multiplex') else x[:,None]
-    z = to_cores(z, d)
+    z = to_cores(x, d, s.shape[1])
+    if self.mode.startswith('multiplex'): z = z + to_cores((share.to(x.dtype) @ self.multiplex[d.ids]).flatten(0, 1), d)
     g, u = grouped(z, self.gate_up_proj, d.core.ends).chunk(2, -1)
     if self.rank: g, u = (a+b for a,b in zip((g, u), self.mixed_lora(z, 'gate_up', share, d)))
     h = self.act_fn(g)*u
@@ -224,25 +224,35 @@ def mixed(self:FusedMoE, x, d): # [T, H] -> [T, H]
 def exact(self:FusedMoE, x, d): # [T, H] -> [T, H]
     "Every expert its own nonlinearity, cores shared."
     k, p = d.ids.shape[1], d.expert
-    g, u = grouped(to_cores(x[:,None], d), self.gate_up_proj, d.core.ends)[d.inv].chunk(2, -1)  # G_e x, U_e x
+    g, u = grouped(to_cores(x, d, k), self.gate_up_proj, d.core.ends)[d.inv].chunk(2, -1)  # G_e x, U_e x
     cg, cu = self.bias[d.ids.flatten()[p.slot]].chunk(2, -1)
     lg, lu = self.lora(x[p.slot//k], 'gate_up', p.ends) if self.rank else (0, 0)
     h = self.act_fn(g+lg+cg)*(u+lu+cu)                                                          # h_i  [P, R]
     y = grouped(sum_members(h, d.member, d), self.down_proj, d.core.ends)
     y = to_tokens(y, d.inv[p.row].view_as(d.ids), d.leads)
-    return y + to_tokens(self.lora(h, 'down', p.ends)[0], p.row.view_as(d.ids), d.member.sum(1)) if self.rank else y
+    if not self.rank: return y
+    z = d.member.sum(1).to(x.dtype)[:,:,None]*grouped(h, self.a_down, p.ends)[p.row].view(*d.ids.shape, self.rank)   # w_i A^d_i h_i  [T, k, r]
+    z = z.new_zeros(len(x), len(self.groups), self.rank).scatter(1, d.ids[:,:,None].expand_as(z), z)
+    return y + torch.einsum('tnr,nhr->th', z, self.b_down)
 
 # %% ../nbs/04_multiplex_lora.ipynb #faf1924e
+@patch
+def routed(self:FusedMoE,
+    x:torch.Tensor,       # [T, H]
+    weights:torch.Tensor, # [T, k] of the router
+    indices:torch.Tensor, # [T, k] expert ids
+) -> torch.Tensor: # [T, H]
+    "The routed output."
+    d = dispatch(indices, weights, self.groups, len(self.down_proj))
+    return self.exact(x, d) if self.mode=='exact' else self.mixed(x, d)
+
 @patch
 def forward(self:FusedMoE,
     x:torch.Tensor, # [..., H]
 ) -> torch.Tensor: # [..., H] routed plus shared output
     "The fused layer."
     flat = x.reshape(-1, x.shape[-1])
-    _, weights, indices = self.gate(flat)
-    d = dispatch(indices, weights, self.groups, len(self.down_proj))
-    y = self.exact(flat, d) if self.mode=='exact' else self.mixed(flat, d)
-    return (y + shared_output(self, flat)).view(x.shape)
+    return (self.routed(flat, *self.gate(flat)[1:]) + shared_output(self, flat)).view(x.shape)
 
 # %% ../nbs/04_multiplex_lora.ipynb #bbdb7b71
 def block_forward(
