@@ -304,18 +304,21 @@ def svd_lora(
     "The best rank-r factors of each difference, in the metric of the inputs."
     return _svd_lora(delta, rank, *_roots(moment))
 
-# %% ../nbs/04_multiplex_lora.ipynb #9767c177
+# %% ../nbs/04_multiplex_lora.ipynb #17c3308e
 def _shared_lora(delta, rank, root, inverse, steps=30): # [n, out, in]
-    delta = _times(delta.float(), root); n, o, i = delta.shape
-    b = torch.linalg.svd(delta.transpose(0, 1).reshape(o, n*i), full_matrices=False)[0][:,:rank]        # [out, r]
-    a = torch.linalg.svd(delta.reshape(n*o, i), full_matrices=False)[2][:rank].T                        # [in, r]
-    def solve(u, v, rhs): g = (u.T@u)*(v.T@v); return torch.linalg.solve(g + (1e-6*g.diagonal().mean() + 1e-20)*torch.eye(rank, device=g.device), rhs.T).T
+    delta = _times(delta.float(), root)
+    a, b = (torch.linalg.eigh(torch.einsum(s, delta, delta))[1][:,-rank:] for s in ('noi,noj->ij', 'noi,nqi->oq'))   # [in, r], [out, r]: the common directions
+    def solve(u, v, rhs): # rhs of the normal equations of the third factor
+        g = (u.T@u)*(v.T@v)
+        return torch.linalg.solve(g + (1e-6*g.diagonal().mean() + 1e-20)*torch.eye(rank, device=g.device), rhs.T).T
     for _ in range(steps):
         ab = torch.einsum('noi,ir->nor', delta, a)
         m = solve(a, b, torch.einsum('nor,or->nr', ab, b))
         b = solve(a, m, torch.einsum('nor,nr->or', ab, m))
         a = solve(b, m, torch.einsum('noi,or,nr->ir', delta, b, m))
-    return _times(a.T, inverse), b, m
+    s = [v.norm(dim=0).clamp(min=1e-20) for v in (a, b, m/len(m)**.5)]         # codes around one, the rest split evenly, as an SVD's
+    half = (s[0]*s[1]*s[2]).sqrt()
+    return _times((a/s[0]*half).T, inverse), b/s[1]*half, m/s[2]
 
 def shared_lora(
     delta:torch.Tensor, # [n, out, in] what each member of one core misses
