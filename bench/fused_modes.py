@@ -35,7 +35,7 @@ def fused(mode, e, r): # -> (weights, [seeds, 2] FVU in closed form and trained)
         closed = fvu(yv, f(xv)-shared)
         def sample(step): rows = order[(torch.arange(512)+512*step)%len(x)]; return x[rows], y[rows]
         distill(f, sample, a.steps, lr=2e-3)
-        out.append((closed, fvu(yv, f(xv)-f.shared_experts(xv))))
+        out.append((closed, fvu(yv, f(xv)-shared)))                              # what the block is off by, its trained shared expert included
     return fused_parameters(n, h, i, e, r, mode), torch.tensor(out)
 
 print(f'{n} experts of {h} x {i} in {a.cores} cores; {a.steps} steps of 512 tokens; mean and spread of {a.seeds} seeds\n\n| layer | weights | closed form | trained | cores alone | weights | closed form | trained |\n|---|--:|--:|--:|--:|--:|--:|--:|')
