@@ -40,7 +40,7 @@ def fused(mode, e, r): # -> (weights, [seeds, 2] FVU in closed form and trained)
 
 print(f'{n} experts of {h} x {i} in {a.cores} cores; {a.steps} steps of 512 tokens; mean and spread of {a.seeds} seeds\n\n| layer | weights | closed form | trained | cores alone | weights | closed form | trained |\n|---|--:|--:|--:|--:|--:|--:|--:|')
 show, alone = lambda v: f'{v.mean():.3f} ± {v.std():.3f}' if len(v)>1 else f'{v.mean():.3f}', {}
-for mode,r in (('multiplex', 0), ('fused_lora', 8), ('mixture', 4), ('multiplex_mixture', 4), ('exact', 4), ('exact', 8)):
+for mode,r in (('cores', 0), ('multiplex', 0), ('fused_lora', 8), ('mixture', 4), ('multiplex_mixture', 4), ('exact', 4), ('exact', 8)):
     w, got = fused(mode, a.cores, r)
     e = min(e for e in range(1, n+1) if fused_parameters(n, h, i, e, 0, 'cores')>=w)
     if e not in alone: alone[e] = fused('cores', e, 0)
