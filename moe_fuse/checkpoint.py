@@ -31,7 +31,7 @@ def layer_tensors(
             for e,w in enumerate(v.to(to)):
                 for part,rows in zip(family.matrices, w.chunk(2)): out[k.replace('gate_up_proj', f'{e}.{part}.weight')] = rows
         elif k.endswith('experts.down_proj') and family.matrices: out |= {k.replace('down_proj', f'{e}.{family.matrices[2]}.weight'):d for e,d in enumerate(v.to(to))}
-        else: out[k] = v.to(to)
+        else: out[k] = v.to(to) if v.is_floating_point() else v                    # a fused block's groups are integers
     return {disk_name(prefix+k, family): v.detach().cpu().clone(memory_format=torch.contiguous_format) for k,v in out.items()}  # safetensors wants no shared memory
 
 # %% ../nbs/06_checkpoint.ipynb #fd8a3eb2

@@ -1,0 +1,112 @@
+"""How fast are slim and fused layers beside `transformers`' own routed block, and how far is each from what the machine allows?
+
+    python bench/fused_layer.py                 # on a GPU: DeepSeek-V2-Lite's width (64 experts, 2048 x 1408, 6 a token, bfloat16), 4096 tokens and 1
+    python bench/fused_layer.py --device cpu    # 64 experts, 512 x 352, float32, 512 tokens
+    python bench/fused_layer.py --no-compile    # skip the compiled rows
+
+The stock block runs its experts with `grouped_mm`. All layers see the same tokens and the same router, and take turns, so that a clock that drifts does so for all; times are medians.
+The floor of a layer is the larger of two times: its FLOPs at the rate of a large matrix product, and its bytes (each weight that is used read once, inputs read, outputs written) at the rate of a
+device copy, both measured here. No launch, no gather and nothing between two products is in it. On a GPU every mode also runs once where any wait of the host raises.
+"""
+import argparse, copy, sys, time
+
+import torch
+from torch import nn
+from transformers import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+
+from moe_fuse.multiplex_lora import *
+
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--no-compile', action='store_true')
+p.add_argument('--tokens', type=int, nargs='+'); p.add_argument('--cores', type=int, default=8); p.add_argument('--rank', type=int, default=8)
+p.add_argument('--reps', type=int, help='timed rounds'); p.add_argument('--seed', type=int, default=0)
+a = p.parse_args()
+gpu = a.device=='cuda'
+N, K, H, I = (64, 6, 2048, 1408) if gpu else (64, 6, 512, 352)
+dtype, reps, sync = (torch.bfloat16, a.reps or 50, torch.cuda.synchronize) if gpu else (torch.float32, a.reps or 15, lambda: None)
+torch.manual_seed(a.seed); torch.set_grad_enabled(False)
+
+def timed(fs, n): # {name: function} -> {name: median seconds}; one round runs each once
+    out = {k: [] for k in fs}
+    for f in fs.values():
+        for _ in range(3): f()
+    for _ in range(n):
+        for k,f in fs.items():
+            sync()
+            if gpu: start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)); start.record(); f(); end.record(); sync(); out[k].append(start.elapsed_time(end)/1e3)
+            else: t = time.perf_counter(); f(); out[k].append(time.perf_counter()-t)
+    return {k: sorted(v)[n//2] for k,v in out.items()}
+
+def ceilings(): # (FLOP/s of a large product, bytes/s of a device copy)
+    m, big = (8192, 2**29) if gpu else (1024, 2**25)
+    x, y, u = torch.randn(m, m, device=a.device).to(dtype), torch.randn(m, m, device=a.device).to(dtype), torch.ones(big, device=a.device).to(dtype)
+    v = torch.empty_like(u)
+    t = timed({'matmul': lambda: x@y, 'copy': lambda: v.copy_(u)}, 20)
+    return 2*m**3/t['matmul'], 2*u.nbytes/t['copy']
+
+def stock(width, n_shared):
+    c = DeepseekV2Config(n_routed_experts=N, num_experts_per_tok=K, hidden_size=H, moe_intermediate_size=width, n_shared_experts=n_shared, n_group=1, topk_group=1, topk_method='greedy', num_attention_heads=16)
+    c._experts_implementation = 'grouped_mm'
+    with torch.device(a.device): moe = DeepseekV2Moe(c).to(dtype)
+    for v in moe.parameters(): v.normal_(std=v.shape[-1]**-.5)
+    return moe.eval()
+
+moe, slim = stock(I, 2), stock(I//4, 8)
+slim.gate = moe.gate; slim.shared_experts = moe.shared_experts
+gate_up, down = moe.experts.gate_up_proj[:a.cores].clone(), moe.experts.down_proj[:a.cores].clone()
+fused = {mode: FusedMoE(moe, torch.arange(N, device=a.device)%a.cores, gate_up, down, a.rank, mode) for mode in MODES}
+for f in fused.values():
+    for k,v in f.named_parameters(recurse=False):
+        if k[0] in 'bm': v.normal_(std=.02)
+
+def cost(layer, x): # -> (FLOPs, bytes) of the routed part
+    _, w, ids = moe.gate(x)
+    fired, t, item = ids.unique(), len(x), dtype.itemsize
+    io = 2*t*H*item
+    if not isinstance(layer, FusedMoE):
+        width = layer.experts.down_proj.shape[2]
+        return 6*ids.numel()*H*width, 3*len(fired)*H*width*item + io
+    d = dispatch(ids, w, layer.groups, a.cores)
+    pairs, each = int(d.leads.sum()), layer.mode!='fused_lora'
+    lora = 6*(ids.numel() if each else pairs)*layer.rank*(H+I)
+    mine = sum(v[fired].numel() if len(v)==N else v.numel() for k,v in layer.named_parameters(recurse=False) if not k.endswith('_proj'))
+    return 6*pairs*H*I + lora, (len(layer.groups[fired].unique())*3*H*I + mine)*item + io
+
+def routed(layer): # a function of (x, weights, ids)
+    return layer.routed if isinstance(layer, FusedMoE) else lambda x, w, ids: layer.experts(x, ids, w)
+
+def report(tokens, flops, bandwidth):
+    x = torch.randn(tokens, H, device=a.device, dtype=dtype)
+    _, w, ids = moe.gate(x)
+    layers = {'stock, grouped_mm': moe, 'slim, 25 %': slim} | {f'{a.cores} cores, {m}' + (f', rank {f.rank}' if f.rank else ''): f for m,f in fused.items()}
+    parts, blocks = {k: (lambda f=routed(l): f(x, w, ids)) for k,l in layers.items()}, {k: (lambda l=l: l(x[None])) for k,l in layers.items()}
+    compiled = {} if a.no_compile else {k: layers[k] for k in layers if k.startswith(('stock', 'slim')) or 'exact' in k}
+    for k,l in compiled.items():
+        f = torch.compile(l, fullgraph=True, dynamic=False); blocks[k+', compiled'] = lambda f=f: f(x[None])
+        r = torch.compile(routed(l), fullgraph=True, dynamic=False); parts[k+', compiled'] = lambda r=r: r(x, w, ids)
+    blocks['shared expert alone'] = lambda: moe.shared_experts(x)
+    t, b = timed(parts, reps), timed(blocks, reps)
+    s = 'stock, grouped_mm'
+    print(f'\n{tokens} tokens\n\n| layer | routed, ms | times stock | block, ms | times stock | GFLOP | MB | bound by | floor, ms | floor / routed |\n|---|--:|--:|--:|--:|--:|--:|---|--:|--:|')
+    for k in parts:
+        base, layer = s+(', compiled' if k.endswith('compiled') else ''), layers[k.removesuffix(', compiled')]
+        fl, by = cost(layer, x); tf, tb = fl/flops, by/bandwidth
+        print(f'| {k} | {1e3*t[k]:.3f} | {t[base]/t[k]:.2f} | {1e3*b[k]:.3f} | {b[base]/b[k]:.2f} | {fl/1e9:.2f} | {by/1e6:.1f} | {"FLOPs" if tf>tb else "bytes"} | {1e3*max(tf, tb):.3f} | {max(tf, tb)/t[k]:.2f} |')
+    print(f'\nshared expert alone {1e3*b["shared expert alone"]:.3f} ms; "times stock" of compiled rows is against the compiled stock block')
+
+def check_sync(): # raises where the host waits
+    x = torch.randn(256, H, device=a.device, dtype=dtype)
+    for f in fused.values(): f(x)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        for f in fused.values(): f(x); f(x[:1])
+    finally: torch.cuda.set_sync_debug_mode('default')
+    print(f'no host synchronisation in {", ".join(fused)}')
+
+flops, bandwidth = ceilings()
+print(f'{torch.cuda.get_device_name() if gpu else "CPU, %d threads" % torch.get_num_threads()}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}; {N} experts, {K} a token, {H} x {I}; medians of {reps}')
+print(f'ceilings: {flops/1e12:.3g} TFLOP/s in a matrix product, {bandwidth/1e9:.4g} GB/s in a copy')
+if gpu: check_sync()
+else: print('host synchronisation: not checked, there is no GPU')
+for n in a.tokens or ((4096, 1) if gpu else (512,)): report(n, flops, bandwidth)
