@@ -244,7 +244,7 @@ def seed_recipe(moe, stats, keep, seed=0, x=None):
     s, w, i = _shape(moe, keep, 'mixture'), moe.experts, moe.experts.down_proj.shape[2]
     groups = group_by_coactivation(stats.coactivation, s.cores, seed)
     gate_up, down = merge_experts(w.gate_up_proj, w.down_proj, groups, 'multislerp', align=False, base=0)
-    m, parts = _moment(stats).to(x.device), []
+    m, parts = _moment(stats).to(gate_up.device), []
     for e,g in enumerate(groups.tolist()):
         du, dd = w.gate_up_proj[e].float()-gate_up[g], w.down_proj[e].float()-down[g]
         (ag, bg), (au, bu), (ad, bd) = (svd_lora(d[None], s.rank, mm) for d,mm in ((du[:i], m), (du[i:], m), (dd, None)))
@@ -257,6 +257,7 @@ def seed_recipe(moe, stats, keep, seed=0, x=None):
 def fused(moe, stats, keep, seed=0, x=None, groups=None):
     "Cores of experts that fire together, with exact per-expert corrections."
     s = _shape(moe, keep, 'exact')
+    if not isinstance(moe.experts.down_proj, torch.Tensor): raise BadInput('fused baselines take the difference of all experts to their cores at once, so they need a layer that fits on the device unpacked')
     if groups is None: groups = group_by_coactivation(stats.coactivation, s.cores, seed)
     return fuse_moe(moe, groups, stats.counts, s.rank, 'exact', _moment(stats).to(moe.experts.down_proj.device))
 
@@ -324,7 +325,7 @@ BASELINES = dict(
     ream=Baseline('REAM-style', ream, 'whole', False, True, True),
     svd=Baseline('SVD of each expert', svd_experts, 'lowrank', True, True),
     d2_moe=Baseline('D2-MoE-style', d2_moe, 'base', True, True),
-    seeds=Baseline('Multi-SLERP + mixture', seed_recipe, 'mixture', True, True),
+    seeds=Baseline('Multi-SLERP + mixture', seed_recipe, 'mixture', True, False),
     fused=Baseline('fused, exact mixture', fused, 'exact', True, False),
     random_groups=Baseline('fused, random groups', fused_at_random, 'exact', True, False),
     static=Baseline('fused, static mix', static_mix, 'exact', True, False),

@@ -193,6 +193,25 @@ def test_baselines_can_be_distilled_in_a_run(tiny_teacher, small, tmp_path):
     r = small(tiny_teacher, tmp_path/'out', keep=.6, baselines=['mone', 'svd', 'd2_moe', 'seeds', 'shuffled'], distill_steps=3, dtype='float32').report
     for k in r['kinds'][1:]: assert all({'built', 'distilled'} <= set(f) for f in r['fvu'][k].values())
 
+@pytest.mark.parametrize('family', ['qwen2_moe', 'mixtral', 'glm4_moe'])
+def test_other_families(family, texts, tmp_path):
+    "A gated shared expert, none, and router groups of one"
+    from test_families import run, tiny as tiny_family
+    r = run(write(tmp_path/'src', *tiny_family(family)), tmp_path/'out', texts, keep=.67, baselines=list(BASELINES), tokens=2048).report
+    assert r['kinds']==['slim', *BASELINES]
+    for k in BASELINES: assert r['sizes'][k]['routed'] <= .67*r['sizes']['teacher']['routed'] and 0<r['evaluation'][k]['mean']['kl']<float('inf')
+
+def test_experts_that_stay_packed_give_the_same_baselines(small, tmp_path):
+    from moe_fuse.streaming import layer_bytes
+    config, disk, _ = pack(*tiny(V3), 'fp8')
+    teacher = write(tmp_path/'teacher', config, disk)
+    b = layer_bytes(Checkpoint(teacher), 'model.layers.2')
+    names = [k for k,b in BASELINES.items() if b.layout!='exact']
+    floats, packed = (small(teacher, tmp_path/k, keep=.6, baselines=names, device_budget=n).report for k,n in (('floats', None), ('packed', b.rest+b.packed+2*b.expert)))
+    for k in names: assert abs(floats['evaluation'][k]['mean']['kl']-packed['evaluation'][k]['mean']['kl']) <= 1e-3*floats['evaluation'][k]['mean']['kl'], k
+    with pytest.raises(BadInput, match='fits on the device unpacked'): small(teacher, tmp_path/'fused', keep=.6, baselines=['fused'], device_budget=b.rest+b.packed+2*b.expert)
+    assert not (tmp_path/'fused').exists() and not (tmp_path/'fused.partial').exists()
+
 def test_what_can_not_exist_is_left_out(tmp_path):
     "One expert of eight is none that a router of two could choose from, and leaves nothing beside a base or a core"
     ck = Checkpoint(write(tmp_path/'src', *tiny(V3, n_routed_experts=8, moe_intermediate_size=64, n_group=1, topk_group=1)))
