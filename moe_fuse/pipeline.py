@@ -321,6 +321,7 @@ def run_layers(
     folder, n, h = writer.partial/'states', len(job.cal)+len(job.held), model.config.hidden_size
     fresh, names = run['layer'] is None, ['teacher', *kinds]
     coactivation(np.zeros((1, 1), np.int64), 1)                                # compiled here; in the loop, numba's compiler would leave cycles that hold a whole layer
+    if any(BASELINES[b].rich for b in kinds if b in BASELINES): pair_sums(np.zeros((1, 1), np.int64), np.zeros((1, 1, 1), np.float32), 1)
     dtype = STATE_DTYPES[job.recipe['states']]
     streams = {k: Stream(k, folder, n, h, 0 if fresh else run['layer'], dtype) for k in names}
     y = States(n, h, folder/'y', dtype)
