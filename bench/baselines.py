@@ -39,6 +39,6 @@ for keep,steps in sorted({(r['key']['keep'], r['key']['distill_steps']) for r in
     kl = {k: {r['key']['seed']: r['evaluation'][k]['mean']['kl'] for r in part if k in r['evaluation']} for k in KINDS}        # slim is made with every part of a row that was made in parts
     size = {k: next((r['sizes'][k]['routed']/r['sizes']['teacher']['routed'] for r in part if k in r['sizes']), 0) for k in KINDS}
     built = {k: [s for r in part for n,s in r['seconds'].items() if n==f'{k}: build'] for k in KINDS}
-    print(f'\nkeep {keep:g}, {steps} distillation steps, {len({r["key"]["seed"] for r in part})} seeds\n\n| | KL | routed weights | build, s |\n|---|--:|--:|--:|')
+    print(f'\nkeep {keep:g}, {steps} distillation steps, {len({r["key"]["seed"] for r in part})} seeds\n\n| | KL | routed weights | build and measure, s |\n|---|--:|--:|--:|')
     for k in sorted((k for k in KINDS if kl[k]), key=lambda k: statistics.mean(kl[k].values())):
         print(f'| {KINDS[k]} | {shown(list(kl[k].values()))} | {size[k]:.3f} | {statistics.mean(built[k]):.1f} |')
