@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--distill-steps', type=int, default=0, help='steps of Adam a layer after the closed form')
     c.add_argument('--lr', type=float, default=2e-3, help='peak learning rate of those steps')
     c.add_argument('--drift', type=float, default=.5, help='share of the distance to the teacher\'s stream that a layer is asked to make up for')
-    c.add_argument('--baselines', default='reap,mean', help='measured beside the student at the same bytes; none for none')
+    c.add_argument('--baselines', default='reap,mean', help='measured beside the student at the same bytes, divided by commas: reap, mean, random, frequency, mone, hc_smoe, m_smoe, merge_moe, '
+                   'ream, svd, d2_moe, seeds, fused, random_groups, static, shuffled; none for none')
     c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
     c.add_argument('--states', default='float32', help='what hidden states wait on disk in: float32, bfloat16 (half the disk) or float8 (a quarter)')
     c.add_argument('--seed', type=int, default=0, help='of sampling and training'); c.add_argument('--device', default='auto', help='auto, cpu or cuda')
