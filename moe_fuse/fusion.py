@@ -23,6 +23,7 @@ def choose_neurons(
     width:int,               # r, neurons kept of each expert
 ) -> torch.Tensor: # [N, r] int64, ascending in each row
     "The most useful neurons of every expert; ties go to the lower index."
+    if not 1<=width<=usefulness.shape[1]: raise BadInput(f'width is {width}, it must lie in 1..{usefulness.shape[1]}, the neurons of an expert')
     return usefulness.argsort(dim=1, descending=True, stable=True)[:,:width].sort(dim=1).values
 
 def take_neurons(
