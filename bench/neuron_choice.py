@@ -1,7 +1,7 @@
 """Which neurons to keep, and in which form: KL to the teacher on held-out text, one variant a row, the same bytes in all.
 
     python bench/neuron_choice.py TEACHER DATA results/neuron-choice.json --keep 0.25 --variants energy,subset
-    python bench/neuron_choice.py TEACHER DATA results/neuron-choice.json --keep 0.0625 --steps 400 --variants slim4,cores4 --tokens 262144 --eval-tokens 0
+    python bench/neuron_choice.py TEACHER DATA results/neuron-choice.json --keep 0.0625 --steps 400 --variants energy,cores1 --tokens 262144 --eval-tokens 0
 
 TEACHER is a checkpoint, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.valid.jsonl.gz. Rows that are in the results already
 are not made again. A row is the pipeline's own run, layer after layer on the student's own states, but for how the block is built;
@@ -36,7 +36,8 @@ def loss_gradients(ck, tokens, device):
     for a,b,lengths in tokens.batches(4096):
         s, ys = emb[tokens.ids[a:b].to(device)].requires_grad_(), {}
         for i,layer in enumerate(layers):
-            h = attend(layer, s, lengths, rotary); ys[i] = layer.mlp(layer.post_attention_layernorm(h)[None])[0]; ys[i].retain_grad()
+            h = attend(layer, s, lengths, rotary); x = layer.post_attention_layernorm(h)
+            ys[i] = moe_forward(layer.mlp, x) if hasattr(layer.mlp, 'experts') else layer.mlp(x); ys[i].retain_grad()
             s = h+ys[i]
         z = head(s).log_softmax(-1)
         z.gather(1, torch.multinomial(z.detach().exp().cpu(), 1, generator=torch.Generator().manual_seed(a)).to(device)).sum().backward()
@@ -147,8 +148,11 @@ def student(variant, i, layer, stats, targets, job, grads):
     found = {'built': routed_fvu(moe, shared, targets, job)}
     fit(moe, targets, job); found['fitted'] = routed_fvu(moe, shared, targets, job)
     if r['steps']:
-        distill_block(moe, targets, job, r['steps']); found['distilled'] = routed_fvu(moe, shared, targets, job)
-        if r['refit']: fit(moe, targets, job); found['refitted'] = routed_fvu(moe, shared, targets, job)
+        for n in range(max(1, r['rounds'])):
+            distill_block(moe, targets, job._replace(recipe=r | dict(seed=r['seed']+1000*n)), r['steps']//max(1, r['rounds']))
+            if n==r['rounds']-1 or not r['rounds']: found['distilled'] = routed_fvu(moe, shared, targets, job)
+            if r['rounds']: fit(moe, targets, job)
+        if r['rounds']: found['refitted'] = routed_fvu(moe, shared, targets, job)
     round_weights(moe, job.dtype)
     for a,b,_ in job.batches():
         h = s.new.read(a, b, job.device); s.new.write(a, h + block_forward(moe, layer.post_attention_layernorm(h)))
@@ -185,14 +189,14 @@ if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('teacher'); p.add_argument('data', type=Path); p.add_argument('out', type=Path)
     p.add_argument('--variants', required=True, help=', '.join(VARIANTS)); p.add_argument('--keep', type=float, required=True)
-    p.add_argument('--steps', type=int, default=0); p.add_argument('--refit', action='store_true', help='solve for the down projections once more after the steps')
+    p.add_argument('--steps', type=int, default=0); p.add_argument('--rounds', type=int, default=0, help='so many times: a share of the steps, then the solve for the down projections; 0 for no solve after the steps')
     p.add_argument('--seeds', default='0'); p.add_argument('--lr', type=float, default=2e-3); p.add_argument('--drift', type=float, default=.5)
     p.add_argument('--tokens', type=int, default=40960); p.add_argument('--eval-tokens', type=int, default=30720, help='0 for all')
     a = p.parse_args()
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     for seed in map(int, a.seeds.split(',')):
         rows = json.loads(a.out.read_text()) if a.out.exists() else []
-        recipe = dict(keep=a.keep, steps=a.steps, refit=a.refit, lr=a.lr, drift=a.drift, seed=seed)
+        recipe = dict(keep=a.keep, steps=a.steps, rounds=a.rounds, lr=a.lr, drift=a.drift, seed=seed)
         key = lambda v: dict(variant=v) | recipe | dict(tokens=a.tokens, eval_tokens=a.eval_tokens)
         left = [v for v in a.variants.split(',') if not any(r['key']==key(v) for r in rows)]
         if not left: continue
