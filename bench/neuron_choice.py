@@ -74,6 +74,7 @@ CHOICES = {   # layer, r -> [N, r] neurons, or N lists of them, N*r in all
     'energy-pooled': lambda l,r: pooled_widths(l.stats.usefulness, r*len(l.stats.usefulness)),
     'seen-pooled':   lambda l,r: pooled_widths(l.seen, r*len(l.seen)),
     'taylor-pooled': lambda l,r: pooled_widths(l.taylor, r*len(l.taylor)),
+    'backward-pooled': lambda l,r: pooled_widths(backward_usefulness(l.grams, l.moe.experts.down_proj), r*len(l.grams)),
     'subset-pooled': lambda l,r: pooled_widths(subset_usefulness(l.grams, l.moe.experts.down_proj), r*len(l.grams)),
 }
 

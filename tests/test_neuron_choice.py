@@ -186,3 +186,16 @@ def test_budgets_too_small_are_refused(block):
     for budget,why in (1000, 'one block an expert'), (130_000, 'features of'), (220_000, 'one column'):
         with pytest.raises(BadInput, match=f'{budget:,} bytes is too small.*{why}'): sums(block, budget=budget, direct=False).solve()
     with pytest.raises(BadInput, match='the direct solve takes'): sums(block, budget=1000, direct=True)
+
+def test_what_was_dropped_adds_up():
+    "The score of a neuron is the rise of what least squares leaves, as the kept ones shrink; all of them are the whole output"
+    gram, down = random_problem(3)
+    u = backward_usefulness(gram, down, 1e-10)
+    for e in range(3):
+        order, was = u[e].argsort(), 0.
+        for k in range(1, 7):
+            now = left(gram[e], down[e], order[k:].sort().values)
+            assert abs(u[e,order[k-1]]-(now-was)) <= 1e-5*u[e].max() or u[e,order[k-1]] >= now-was, 'costs are made to rise'
+            was = now
+    low = backward_usefulness(gram*1e-3, down)
+    assert torch.allclose(low, backward_usefulness(gram, down)*1e-3)
