@@ -23,7 +23,7 @@ from .merging import *
 from .multiplex_lora import *
 
 # %% ../nbs/04_baselines.ipynb #2ad9b56d
-LAYOUTS = 'whole', 'novices', 'lowrank', 'base', 'mixture', 'exact'
+LAYOUTS = 'whole', 'novices', 'lowrank', 'base', 'multiplex_mixture', 'exact'
 
 class Shape(NamedTuple):
     "How a layout spends its bytes in one layer."
@@ -42,7 +42,7 @@ def layout_shape(
     budget, rank, extra, each = int(n*keep*one+1e-6), 0, 0, 0
     if layout=='novices': e = (budget-n*h)//(one-h); extra, each = (n-e)*h, 0
     if layout in ('lowrank', 'base'): e = int(layout=='base')
-    if layout in ('mixture', 'exact'): e = max(1, e//2); each = h if layout=='mixture' else 2*i
+    if layout in ('multiplex_mixture', 'exact'): e = max(1, e//2); each = h if layout=='multiplex_mixture' else 2*i
     if layout not in ('whole', 'novices'):
         rank = min((budget - e*one - n*each)//(n*low), h, i)
         if rank<1: raise BadInput(f'keep {keep:g} of {n} experts leaves no room for a rank, layout {layout}')
@@ -241,7 +241,7 @@ def _moment(stats): return stats.moment(0, shrink=1.).float()                  #
 
 def seed_recipe(moe, stats, keep, seed=0, x=None):
     "Multi-SLERP with member 0 as base, and a mixture of LoRA."
-    s, w, i = _shape(moe, keep, 'mixture'), moe.experts, moe.experts.down_proj.shape[2]
+    s, w, i = _shape(moe, keep, 'multiplex_mixture'), moe.experts, moe.experts.down_proj.shape[2]
     groups = group_by_coactivation(stats.coactivation, s.cores, seed)
     gate_up, down = merge_experts(w.gate_up_proj, w.down_proj, groups, 'multislerp', align=False, base=0)
     m, parts = _moment(stats).to(gate_up.device), []
@@ -249,7 +249,7 @@ def seed_recipe(moe, stats, keep, seed=0, x=None):
         du, dd = w.gate_up_proj[e].float()-gate_up[g], w.down_proj[e].float()-down[g]
         (ag, bg), (au, bu), (ad, bd) = (svd_lora(d[None], s.rank, mm) for d,mm in ((du[:i], m), (du[i:], m), (dd, None)))
         parts.append((torch.cat([ag, au], 1), bg, bu, ad, bd))
-    block = FusedMoE(moe, groups, gate_up, down, s.rank, 'mixture')
+    block = FusedMoE(moe, groups, gate_up, down, s.rank, 'multiplex_mixture')
     new = {k: torch.cat(t).to(down.dtype) for k,t in zip(('a_gate_up', 'b_gate', 'b_up', 'a_down', 'b_down'), zip(*parts))}
     block.load_state_dict(block.state_dict()|new)
     return block.requires_grad_(False)
@@ -325,7 +325,7 @@ BASELINES = dict(
     ream=Baseline('REAM-style', ream, 'whole', False, True, True),
     svd=Baseline('SVD of each expert', svd_experts, 'lowrank', True, True),
     d2_moe=Baseline('D2-MoE-style', d2_moe, 'base', True, True),
-    seeds=Baseline('Multi-SLERP + mixture', seed_recipe, 'mixture', True, False),
+    seeds=Baseline('Multi-SLERP + mixture', seed_recipe, 'multiplex_mixture', True, False),
     fused=Baseline('fused, exact mixture', fused, 'exact', True, False),
     random_groups=Baseline('fused, random groups', fused_at_random, 'exact', True, False),
     static=Baseline('fused, static mix', static_mix, 'exact', True, False),

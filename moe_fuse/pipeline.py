@@ -198,10 +198,9 @@ def fit_down(
 ):
     "The joint ridge solve on the student's own states (03_fusion)."
     s, d = shared_expert(moe), moe.experts.down_proj
-    fit = JointRidge(d, s.down_proj.weight if s else d.new_zeros(d.shape[1], 0))
-    step = max(256, 2**25//len(fit.d0))                                        # tokens whose dense features are held at once
+    fit = JointRidge(d, s.down_proj.weight if s else d.new_zeros(d.shape[1], 0), free_memory(job.device)*3//4)
     for a,b,_ in job.batches(held=False):
-        for x,y in zip(*(t.split(step) for t in targets.for_student(a, b))):
+        for x,y in zip(*(t.split(fit.step) for t in targets.for_student(a, b))):
             p = route(moe, x)
             fit.add(expert_hidden(moe.experts, x, p), p, shared_hidden(moe, x), y)
     try: d.data, shared = fit.solve()

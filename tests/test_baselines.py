@@ -163,7 +163,7 @@ def test_bytes_at_sizes_of_real_models():
         for layout,keep in itertools.product(LAYOUTS, (.5, .25, .125)):
             z = layout_shape(layout, n, h, i, keep, k)
             assert z.routed <= keep*n*3*h*i and z.active <= z.routed and z.routed > .85*keep*n*3*h*i
-            if layout in ('mixture', 'exact'): assert z.routed==fused_parameters(n, h, i, z.cores, z.rank, layout)
+            if layout in ('multiplex_mixture', 'exact'): assert z.routed==fused_parameters(n, h, i, z.cores, z.rank, layout)
 
 def test_what_does_not_fit_is_named():
     with pytest.raises(BadInput, match='keep 0.01 of 32 experts leaves none whole, layout novices'): layout_shape('novices', 32, 192, 64, .01, 4)
