@@ -1,6 +1,6 @@
 __version__ = "0.0.1"
 
-_modules = 'headers', 'awq_loading', 'streaming', 'quantized_linear', 'stdlib_text', 'sources', 'calibration', 'expert_analysis', 'grouping', 'calibration_pass', 'fusion', 'multiplex_lora', 'healing', 'checkpoint', 'evaluation', 'quantized_checkpoint', 'pipeline', 'planning', 'analysis'
+_modules = 'headers', 'awq_loading', 'streaming', 'quantized_linear', 'stdlib_text', 'sources', 'calibration', 'expert_analysis', 'grouping', 'calibration_pass', 'fusion', 'multiplex_lora', 'healing', 'checkpoint', 'evaluation', 'quantized_checkpoint', 'heal', 'pipeline', 'planning', 'analysis'
 
 def __getattr__(name):
     "Public names of all modules, imported when they are asked for: `import moe_fuse` alone loads no torch."
