@@ -6,7 +6,7 @@
 __all__ = ['add_plan', 'add_heal', 'parser', 'show_inspect', 'heal_command', 'plan_command', 'run_command', 'main']
 
 # %% ../nbs/20_cli.ipynb #52a97df7
-import argparse, json, os, sys, tempfile
+import argparse, json, logging, os, sys, tempfile
 from pathlib import Path
 
 from .headers import *
@@ -107,6 +107,7 @@ def heal_command(
     a:argparse.Namespace, # what was typed
 ) -> str: # what goes to stdout, on the first process
     "Heal a student."
+    logging.getLogger('bitsandbytes').setLevel(logging.ERROR)                  # what a CPU lacks is no news here
     from moe_fuse.heal import heal
     from moe_fuse.planning import parse_count
     a.tokens = parse_count(a.tokens)
@@ -154,12 +155,16 @@ def run_command(
         except ValueError: raise BadInput(f'keeps {a.keeps!r} are not numbers divided by commas') from None
         report = analyse(a.src, a.out, a.calibration, a.eval_data, a.tokens, keeps, seed=a.seed, device=a.device)
         return json.dumps(report) if a.json else f'{verdict(report)}\n\nnumbers and pictures: {a.out}'
-    from moe_fuse.pipeline import compress, table
+    from moe_fuse.pipeline import compress, compress_and_heal, table
     from moe_fuse.planning import parse_bytes
     if a.device_budget is not None: a.device_budget = parse_bytes(a.device_budget)
     skip = 'command', 'json', 'baselines'
-    run = compress(**{k:v for k,v in vars(a).items() if k not in skip}, baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')])
-    return json.dumps(run.report) if a.json else f'{table(run.report)}\n\ncheckpoint and report: {a.out}\npicture: {Path(a.out)/"report.png"}'
+    do = compress
+    if a.heal_tokens: from moe_fuse.heal import heal_table; do = compress_and_heal
+    else: del a.heal_tokens
+    run = do(**{k:v for k,v in vars(a).items() if k not in skip}, baselines=[b for b in a.baselines.split(',') if b not in ('', 'none')])
+    healed = f'\n\n{heal_table(run.report["healing"])}' if 'healing' in run.report else ''
+    return json.dumps(run.report) if a.json else f'{table(run.report)}{healed}\n\ncheckpoint and report: {a.out}\npicture: {Path(a.out)/"report.png"}'
 
 # %% ../nbs/20_cli.ipynb #7ab17de9
 def main(
