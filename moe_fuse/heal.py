@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'ADAPTED', 'COLUMNS', 'healing_tokens', 'carries_loss', 'pack_rows', 'Examples', 'whole_model', 'topk_of',
-           'heal_losses', 'topk_bytes', 'teacher_key', 'teacher_topk', 'TopK', 'group_of', 'check_groups', 'LowRank',
-           'matrices', 'add_adapters', 'merge_adapters', 'pack_nf4', 'autocast_experts', 'exact_router',
-           'prepare_student', 'HealTrainer', 'last_checkpoint', 'HealLog', 'log_csv', 'estimate', 'say_estimate',
-           'check_heal', 'healing_args', 'open_healing', 'write_healed', 'Healed', 'heal_table', 'plot_healing',
-           'train_student', 'heal']
+           'heal_losses', 'chunked_losses', 'topk_bytes', 'teacher_key', 'teacher_topk', 'TopK', 'group_of',
+           'check_groups', 'LowRank', 'matrices', 'add_adapters', 'merge_adapters', 'pack_nf4', 'autocast_experts',
+           'exact_router', 'prepare_student', 'HealTrainer', 'last_checkpoint', 'HealLog', 'log_csv', 'estimate',
+           'say_estimate', 'check_heal', 'healing_args', 'open_healing', 'write_healed', 'Healed', 'heal_table',
+           'plot_healing', 'train_student', 'heal']
 
 # %% ../nbs/08_heal.ipynb #h0000003
 import hashlib, json, math, os, shutil, sys, time
@@ -21,6 +21,7 @@ import torch.nn.utils.parametrize as P
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
@@ -145,6 +146,15 @@ def heal_losses(
     q = torch.cat([logq.gather(-1, top_ids), logq.scatter(-1, top_ids, -torch.inf).logsumexp(-1, keepdim=True)], -1)
     logp = top_logp.float().log_softmax(-1)
     return ce, (logp.exp()*(logp-q)).sum()
+def chunked_losses(
+    logits, targets, top_ids, top_logp, # as in `heal_losses`
+    step=None, # predictions at a time; None takes 0.5 GB of float32
+): # (cross-entropy, KL), each summed
+    "The same, some predictions at a time; a large vocabulary would take several times the logits' memory."
+    step = step or max(64, 2**27//logits.shape[1])
+    if len(targets)<=step: return heal_losses(logits, targets, top_ids, top_logp)
+    parts = [x.split(step) if x is not None else [None]*-(-len(targets)//step) for x in (logits, targets, top_ids, top_logp)]
+    return tuple(sum(l) for l in zip(*(checkpoint(heal_losses, *p, use_reentrant=False) for p in zip(*parts))))
 
 # %% ../nbs/08_heal.ipynb #h0000034
 def topk_bytes(k:int, vocab:int) -> int:
@@ -362,10 +372,10 @@ class HealTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         x, rows = {k: inputs[k] for k in ('input_ids', 'position_ids')}, inputs['rows']
         logits = lambda out: getattr(out, 'logits', out).flatten(0, 1)[rows]
-        student, top = logits(model(**x)), (inputs.get('top_ids'), inputs.get('top_logp'))
+        student, targets, top = logits(model(**x)), x['input_ids'].flatten()[rows+1], (inputs.get('top_ids'), inputs.get('top_logp'))
         if top[0] is None and self.teacher is not None:
             with torch.no_grad(): top = topk_of(logits(self.teacher(**x)), self.top_k)
-        ce, kl = heal_losses(student, x['input_ids'].flatten()[rows+1], *top)
+        ce, kl = chunked_losses(student, targets, *top)
         parts = torch.stack([ce.detach(), kl.detach(), ce.new_full((), len(rows))])
         if model.training: self.seen.append((self.state.global_step, parts))
         else: self.seen_eval.append(parts)
@@ -500,6 +510,7 @@ def check_heal(
         if not low<=r[k]<=high: raise BadInput(f'{k} is {r[k]}, it must lie in {low}..{high}')
     if not 0<r['top_k']<t.config['vocab_size']: raise BadInput(f"top_k is {r['top_k']}, it must lie in 1..{t.config['vocab_size']-1}")
     if r['rank']<1: raise BadInput(f"rank is {r['rank']}, it must be positive")
+    if lack := sorted(groups-{group_of(k) for k in s.entries}) if r['train']!='all' else []: raise BadInput(f"{s.folder}: has nothing to train in {', '.join(lack)}")
     longest = s.config.get('max_position_embeddings') or r['seq_len']
     if not 8<=r['seq_len']<=longest: raise BadInput(f"seq_len is {r['seq_len']}, it must lie in 8..{longest}")
     if r['batch_tokens']<r['seq_len']: raise BadInput(f"batch_tokens is {r['batch_tokens']}, less than one row of {r['seq_len']}")
@@ -520,12 +531,14 @@ def healing_args(
     word = 'activation' if 'activation_checkpointing' in TrainingArguments.__dataclass_fields__ else 'gradient'   # its name since a later transformers 5
     try: import tensorboard; logs = ['tensorboard']
     except ImportError: logs = []
-    return TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=rows//world//micro,
+    args = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=rows//world//micro,
         learning_rate=recipe['lr'], weight_decay=0., adam_beta2=.95, max_grad_norm=1., bf16=device=='cuda', use_cpu=device=='cpu', seed=recipe['seed'], data_seed=recipe['seed'],
         logging_steps=every, save_steps=at(recipe['save_every']), save_total_limit=2, eval_strategy='steps' if evaluates else 'no', eval_steps=at(recipe['eval_every']),
         **({f'{word}_checkpointing': True, f'{word}_checkpointing_kwargs': dict(use_reentrant=False)} if checkpointing else {}), dataloader_drop_last=True,
         dataloader_num_workers=2 if device=='cuda' else 0, remove_unused_columns=False, label_names=['labels'], report_to=logs, disable_tqdm=True, logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False, ddp_timeout=7200, prediction_loss_only=True)
+    args._n_gpu = min(1, args.n_gpu)                                           # several GPUs are a matter of torchrun, not of `DataParallel`
+    return args
 
 def open_healing(
     writer:CheckpointWriter, recipe:dict, resume,
@@ -655,12 +668,12 @@ def heal(
     states = writer.partial/'states'
     args = healing_args(recipe, states, steps, device, True, micro_rows, quantize_base=='nf4' if checkpointing is None else checkpointing)
     main = args.process_index==0
+    if main: open_healing(writer, recipe, resume)
+    with args.main_process_first(): run = read_json(writer.partial/'run.json')
     try:
-        if main: run = open_healing(writer, recipe, resume)
-        with args.main_process_first(): run = read_json(writer.partial/'run.json')
-        ask, module = None, None
+        module = None
         if live_teacher: module = whole_model(t, device=args.device)
-        elif kd: 
+        elif kd:
             with args.main_process_first(), tqdm(total=(-(-len(text)//2**20)+1)*t.config['num_hidden_layers'], disable=quiet or not main, desc='teacher', unit='layer') as bar:
                 for e in ex, watch: e.teacher = teacher_topk(t, e.tokens, Path(cache or states/'teacher')/teacher_key(t, e.tokens, top_k)[:16], top_k, args.device, bar=bar)
         if main and 'before' not in run:
@@ -671,7 +684,7 @@ def heal(
         model, trainer, guess = train_student(s, recipe, args, ex, watch, writer.partial/'report.csv', module, resume, quiet)
         trained = time.time()-began
     except (BadInput, OSError):
-        if main and not last_checkpoint(states) and not resume: writer.remove()
+        if main and not any(states.rglob('*.safetensors')): writer.remove()   # nothing that would be worth going on with
         raise
     args.distributed_state.wait_for_everyone()
     if not main: return Healed(None, Path(out))
@@ -682,7 +695,7 @@ def heal(
     gap = b['loss_student']-b['loss_teacher']
     report = dict(student=dict(name=str(student), **inspect(s)), teacher=dict(name=str(teacher)), recipe=recipe, steps=steps, tokens_a_step=rows*seq_len,
                   text=dict(tokens=text.count(), carry_loss=int(carries_loss(text).sum()), rows=len(ex), sha256=text.sha256, **text.report), held_out=dict(tokens=held.count(), sha256=held.sha256, also_in_text=held.shared(text)),
-                  trained=sum(p.numel() for p in trainer.weights().values()) if adapter=='none' else None, before=run['before'], after=after, recovered=(b['loss_student']-a['loss_student'])/gap if gap>0 else None,
+                  trained=guess and guess['trained']//16, before=run['before'], after=after, recovered=(b['loss_student']-a['loss_student'])/gap if gap>0 else None,
                   last_lr=trainer.lr_used, estimate=guess, train_seconds=trained, seconds=time.time()-start, processes=args.world_size, log=log,
                   device=torch.cuda.get_device_name() if device=='cuda' else 'CPU', versions=dict(moe_fuse=__version__, torch=torch.__version__, transformers=transformers.__version__), date=time.strftime('%Y-%m-%d'))
     write_atomic(writer.partial/'report.json', json.dumps(report, indent=1)+'\n')
