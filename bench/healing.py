@@ -35,7 +35,7 @@ def jobs(a):
         for seed in seeds:
             for kind in 'slim', 'reap': yield 'main', dict(method=kind, keep=keep), base, seed
             for name,folder in a.students.items(): yield 'main', dict(folder=folder, name=name), base, seed
-    for lr in 2e-4, 5e-4, 1e-3, 2e-3, 4e-3:
+    for lr in 1e-4, 2e-4, 5e-4, 1e-3, 2e-3:
         for kind in 'slim', 'reap': yield 'lr', dict(method=kind, keep=.25), dict(tokens=5*M, lr=lr), 0
     slim = dict(method='slim', keep=.25)
     for seed in seeds:
@@ -134,7 +134,7 @@ if __name__=='__main__':
     from transformers import TrainerCallback
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('args', nargs='+', help='TEACHER DATA OUT, or OUT alone'); p.add_argument('--only', default='main'); p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--tokens', type=int, default=20*M); p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--batch-tokens', type=int, default=16384)
+    p.add_argument('--tokens', type=int, default=20*M); p.add_argument('--lr', type=float, default=2e-4); p.add_argument('--batch-tokens', type=int, default=16384)
     p.add_argument('--calibration-tokens', type=int, default=262144); p.add_argument('--eval-tokens', type=int, default=262144)
     p.add_argument('--minutes', type=float, default=5); p.add_argument('--work', type=Path, default=Path('healing_work')); p.add_argument('--student', action='append', default=[], metavar='NAME=FOLDER')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--verbose', action='store_true')

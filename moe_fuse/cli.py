@@ -37,7 +37,7 @@ def add_heal(c): # the parser of `heal`
     c.add_argument('--adapter', default='none', help='none (whole weights), lora or dora'); c.add_argument('--rank', type=int, default=16, help='of adapters')
     c.add_argument('--quantize-base', default='none', help='none, or nf4: frozen matrices in four bits')
     c.add_argument('--kd', type=float, default=.5, help='weight of the KL to the teacher, the rest is cross-entropy'); c.add_argument('--top-k', type=int, default=32, help='of the teacher\'s words, in the KL')
-    c.add_argument('--lr', type=float, default=1e-3, help='peak learning rate of AdamW')
+    c.add_argument('--lr', type=float, default=2e-4, help='peak learning rate of AdamW')
     c.add_argument('--batch-tokens', type=int, default=16384, help='tokens of a step'); c.add_argument('--seq-len', type=int, default=512, help='tokens of a row')
     c.add_argument('--eval', default=None, metavar='TEXT', dest='eval_data', help='held-out text; left out, that of --data'); c.add_argument('--eval-tokens', type=int, default=65536, help='at most')
     c.add_argument('--eval-every', type=int, default=argparse.SUPPRESS, help='steps; left out, a tenth of the run'); c.add_argument('--save-every', type=int, default=argparse.SUPPRESS, help='the same')

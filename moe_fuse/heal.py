@@ -100,13 +100,14 @@ class Examples(torch.utils.data.Dataset):
         pos = torch.cat([torch.arange(len(s)) for s in seqs] + [torch.arange(tail)])
         carry = nn.functional.pad(self.carry[at], (0, tail))
         ids = nn.functional.pad(self.tokens.ids[at], (0, tail))
-        return dict(input_ids=ids, position_ids=pos, labels=ids.where(carry, -100), number=self.number[at][carry[:len(at)]])
-    def collate(self, items:list) -> dict: # from __getitem__
+        row = dict(input_ids=ids, position_ids=pos, labels=ids.where(carry, -100))
+        return row | dict(zip(('top_ids', 'top_logp'), self.teacher(self.number[at][carry[:len(at)]]))) if self.teacher else row
+    @staticmethod
+    def collate(items:list) -> dict: # from __getitem__
         "A batch [B, L]; `rows` are the flat places of the logits that predict something, found here so that the GPU need not be asked."
         out = {k: torch.stack([x[k] for x in items]) for k in ('input_ids', 'position_ids', 'labels')}
         out['rows'] = (out['labels'].flatten()!=-100).nonzero()[:,0]-1
-        if self.teacher: out['top_ids'], out['top_logp'] = self.teacher(torch.cat([x['number'] for x in items]))
-        return out
+        return out | {k: torch.cat([x[k] for x in items]) for k in ('top_ids', 'top_logp') if k in items[0]}
 
 # %% ../nbs/08_heal.ipynb #h0000024
 def whole_model(
@@ -534,7 +535,7 @@ def healing_args(
     args = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=rows//world//micro,
         learning_rate=recipe['lr'], weight_decay=0., adam_beta2=.95, max_grad_norm=1., bf16=device=='cuda', use_cpu=device=='cpu', seed=recipe['seed'], data_seed=recipe['seed'],
         logging_steps=every, save_steps=at(recipe['save_every']), save_total_limit=2, eval_strategy='steps' if evaluates else 'no', eval_steps=at(recipe['eval_every']),
-        **({f'{word}_checkpointing': True, f'{word}_checkpointing_kwargs': dict(use_reentrant=False)} if checkpointing else {}), dataloader_drop_last=True,
+        **({f'{word}_checkpointing': True, f'{word}_checkpointing_kwargs': dict(use_reentrant=False)} if checkpointing else {}),
         dataloader_num_workers=2 if device=='cuda' else 0, remove_unused_columns=False, label_names=['labels'], report_to=logs, disable_tqdm=True, logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False, ddp_timeout=7200, prediction_loss_only=True)
     args._n_gpu = min(1, args.n_gpu)                                           # several GPUs are a matter of torchrun, not of `DataParallel`
@@ -637,7 +638,7 @@ def heal(
     quantize_base='none',   # none or nf4
     kd=.5,                  # weight of the KL, the rest is cross-entropy
     top_k=32,               # of the teacher's words, in the KL
-    lr=1e-3,                # peak learning rate of AdamW
+    lr=2e-4,                # peak learning rate of AdamW
     batch_tokens=16384,     # of a step, padding included
     seq_len=512,            # of a packed row
     eval_data=None,         # held-out text; None takes that of `data`

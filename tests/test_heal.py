@@ -10,7 +10,7 @@ from moe_fuse.headers import *
 from moe_fuse.healing import lr_at
 from tiny_models import *
 
-SMALL = dict(tokens=8192, batch_tokens=1024, seq_len=128, eval_tokens=2048, device='cpu', quiet=True)
+SMALL = dict(lr=1e-3, tokens=8192, batch_tokens=1024, seq_len=128, eval_tokens=2048, device='cpu', quiet=True)
 
 @pytest.fixture(scope='module')
 def pair(tmp_path_factory):
@@ -133,6 +133,11 @@ def test_reloaded_logits_are_those_in_memory(train, adapter, quantize, pair, tex
     ids = tokens.ids[:128][None]
     with torch.no_grad(): mem, disk, before = (m(input_ids=ids).logits for m in (model, stock(tmp_path/'out'), stock(tmp_path/'s')))
     assert (mem-disk).abs().max()<=1e-5 and (mem-before).abs().max()>1e-3
+    if train=='all':                                                           # evaluation asks the teacher about its own text
+        held = healing_tokens(read_docs(texts[1]), load_tokenizer(pair[1]), 4096, 128)
+        watch = Examples(held, 128, teacher=teacher_topk(Checkpoint(pair[1]), held, cache/'held', 8))
+        trainer.evaluate(watch); ce, kl, n = sums(model, watch, 4).tolist(); last = trainer.state.log_history[-1]
+        assert (last['eval_ce'], last['eval_kl'])==pytest.approx((ce/n, kl/n), rel=1e-5)
 
 def test_micro_batches_change_nothing(run, healed, tmp_path):
     "Eight rows at once or two times four: one part in 2^8 is bfloat16's step on disk"
@@ -185,10 +190,11 @@ def test_nan_or_a_spike_stops_the_run_and_keeps_the_last_good_checkpoint(at, fac
     "The last norm is spoilt once `at` steps are done"
     recipe = dict(SMALL, lr=1e-3, seed=0, save_every=1, eval_every=None)
     ex = Examples(healing_tokens(read_docs(texts[0]), load_tokenizer(pair[1]), 8192, 128), 128, 8)
+    spoilt = []
     class Spoilt(Examples):
-        def collate(self, items):
-            if trainer.state.global_step==at: trainer.model.model.norm.weight.data *= factor
-            return super().collate(items)
+        def __getitem__(self, i):
+            if trainer.state.global_step==at and not spoilt: trainer.model.model.norm.weight.data *= factor; spoilt.append(i)
+            return super().__getitem__(i)
     ex.__class__ = Spoilt
     trainer = HealTrainer(prepare_student(Checkpoint(pair[0]), 'norms'), healing_args(recipe, tmp_path/'s', 10, 'cpu', False), ex.collate, ex, kd=0.)
     trainer.add_callback(HealLog(trainer, Bar(), tmp_path/'log.csv', 1024))
