@@ -84,7 +84,7 @@ def speed(a, rows):
     text = [','.join(str(f) for f in sorted(a.data.glob(f'*.{s}.jsonl.gz'))) for s in ('train', 'valid')]
     ck = Checkpoint(student(a, dict(method='slim', keep=.25), 0, text))
     tok, steps = load_tokenizer(ck.folder), 60
-    recipe = dict(tokens=10**9, train='experts,router,norms', adapter='none', rank=16, quantize_base='none', kd=.5, top_k=32, lr=1e-4, batch_tokens=a.batch_tokens, seq_len=512, spike=1e9, seed=0, save_every=10**6, eval_every=None)
+    recipe = dict(tokens=10**9, train='experts,norms', adapter='none', rank=16, quantize_base='none', kd=.5, top_k=32, lr=1e-4, batch_tokens=a.batch_tokens, seq_len=512, spike=1e9, seed=0, save_every=10**6, eval_every=None)
     tokens = healing_tokens(read_docs(text[0]), tok, 2*M, 512)
     ex = Examples(tokens, 512, a.batch_tokens//512, teacher_topk(Checkpoint(resolve_source(a.teacher)), tokens, a.work/'speed', 32, a.device))
     args = healing_args(recipe, a.work/'speed-states', steps, a.device, False)

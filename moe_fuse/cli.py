@@ -33,7 +33,7 @@ def add_heal(c): # the parser of `heal`
     c.add_argument('student', metavar='STUDENT', help='folder of a written student'); c.add_argument('out', metavar='OUT', help='folder to make')
     c.add_argument('--teacher', required=True, metavar='SRC', help='folder, hub id, or demo: what STUDENT was made from')
     c.add_argument('--data', default='demo', metavar='TEXT', help='as --calibration of run; real models: ultrachat,limo'); c.add_argument('--tokens', default='1M', help='to train on, e.g. 65536 or 20M; text that is shorter is gone through again')
-    c.add_argument('--train', default='experts,router,norms', help='of experts, router, norms, attention, dense, embeddings; or all')
+    c.add_argument('--train', default='experts,norms', help='of experts, router, norms, attention, dense, embeddings; or all')
     c.add_argument('--adapter', default='none', help='none (whole weights), lora or dora'); c.add_argument('--rank', type=int, default=16, help='of adapters')
     c.add_argument('--quantize-base', default='none', help='none, or nf4: frozen matrices in four bits')
     c.add_argument('--kd', type=float, default=.5, help='weight of the KL to the teacher, the rest is cross-entropy'); c.add_argument('--top-k', type=int, default=32, help='of the teacher\'s words, in the KL')

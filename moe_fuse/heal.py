@@ -632,7 +632,7 @@ def heal(
     student, out, teacher,  # student and teacher: folder, hub id or `demo`; folder to write
     data='demo',            # text to train on, a mixture of sources, as `read_docs` takes it (01_sources)
     tokens=1_000_000,       # to train on, padding included; text that is shorter is gone through again
-    train='experts,router,norms', # groups of `GROUPS`, or all
+    train='experts,norms',  # groups of `GROUPS`, or all
     adapter='none',         # none (whole weights), lora or dora
     rank=16,                # of adapters
     quantize_base='none',   # none or nf4
