@@ -6,7 +6,8 @@
 __all__ = ['KINDS', 'METHODS', 'Stream', 'Job', 'fresh_stats', 'teacher_layer', 'Targets', 'common_width', 'uneven_slim',
            'spread_widths', 'build', 'fit_down', 'sample_inputs', 'distill_block', 'routed_fvu', 'round_weights',
            'student_layer', 'check_recipe', 'source_hash', 'open_run', 'head_tensors', 'router_dtype', 'block_sizes',
-           'run_layers', 'Run', 'peak_memory', 'kind_sizes', 'table', 'plot_report', 'execute', 'compress']
+           'run_layers', 'Run', 'peak_memory', 'kind_sizes', 'table', 'plot_report', 'execute', 'compress',
+           'compress_and_heal']
 
 # %% ../nbs/08_pipeline.ipynb #5c91f6ed
 import hashlib, json, platform, re, resource, shutil, sys, time
@@ -570,3 +571,22 @@ def compress(
     except (BadInput, OSError):
         writer.remove()
         raise
+
+# %% ../nbs/08_pipeline.ipynb #c0ffee02
+def compress_and_heal(
+    src, out, heal_tokens, # as in `compress`; tokens of the calibration text to train on
+    calibration='demo', eval_data=None, eval_tokens=65536, seed=0, device='auto', resume=False, quiet=False, **kwargs, # of `compress`
+) -> Run: # of the fusion; its report has `healing`
+    "Shrink a checkpoint, then train what came out end to end."
+    from moe_fuse.heal import heal                                             # `Trainer` takes seconds to import
+    fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder')
+    batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
+    if heal_tokens<2*MIN_TOKENS: raise BadInput(f'{heal_tokens} tokens are too few to heal with, at least {2*MIN_TOKENS} are needed')
+    if resume and (fused/'report.json').exists(): run = Run(read_json(fused/'report.json'), fused, None, {})
+    else: run = compress(src, fused, calibration=calibration, **both, **kwargs)
+    healed = heal(fused, out, src, calibration, heal_tokens, batch_tokens=batch, **(both | dict(eval_data=eval_data or 'demo')))
+    run.report['healing'] = healed.report
+    write_atomic(healed.out/'report.json', json.dumps(run.report, indent=1)+'\n')
+    shutil.copy(fused/'report.png', healed.out/'report-fusion.png'); shutil.rmtree(fused)
+    return run._replace(out=healed.out)
