@@ -2,6 +2,8 @@
 import json, os, shutil
 import numpy as np, pytest, torch, transformers
 from tiny_models import *
+from test_families import tiny
+from tiny_models import write
 from moe_fuse.headers import *
 from moe_fuse.llama_cpp import *
 from moe_fuse.pipeline import compress
@@ -12,7 +14,7 @@ missing = 'llama-cpp-python is not installed' if llama_cpp is None else None if 
 if missing and os.environ.get('CI'): raise RuntimeError(f'{missing}: these tests must run in CI')
 engine = pytest.mark.skipif(bool(missing), reason=str(missing))
 
-def run_both(folder, file, ids, steps=32): # -> (largest difference of logits, tokens of transformers, tokens of llama.cpp)
+def run_both(folder, file, ids, steps=32): # -> (largest difference of logits, largest logit, tokens of transformers, tokens of llama.cpp)
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     x = torch.tensor([ids])
     with torch.no_grad():
@@ -25,7 +27,7 @@ def run_both(folder, file, ids, steps=32): # -> (largest difference of logits, t
         z = np.array(m.scores[m.n_tokens-1]); z[[] if eos is None else eos] = -np.inf   # as min_new_tokens does
         mine.append(int(z.argmax())); m.eval(mine[-1:])
     m.close()
-    return np.abs(got-want).max(), words, mine
+    return np.abs(got-want).max(), np.abs(want).max(), words, mine
 
 @pytest.fixture(scope='module')
 def students(tmp_path_factory):
@@ -42,11 +44,22 @@ def test_students_of_the_trained_teacher(students, tmp_path, name):
     tok = transformers.AutoTokenizer.from_pretrained(students/name)
     text = 'class Reader:\n    """Reads `path` — naïve, 2.5x slower."""\n    def __init__(self, path):\n        self.path = path\n\n    def read(self):'
     ids = tok(text)['input_ids']
-    far, words, mine = run_both(students/name, tmp_path/'s.gguf', ids)
+    far, most, words, mine = run_both(students/name, tmp_path/'s.gguf', ids)
     assert far<1e-4 and words==mine
     m = llama_cpp.Llama(str(tmp_path/'s.gguf'), vocab_only=True, verbose=False)
     assert m.tokenize(text.encode(), add_bos=False, special=False)==ids
     m.close()
+
+FAMILIES_IN_LLAMA = {'qwen2_moe': dict(decoder_sparse_step=1), 'qwen3_moe': dict(mlp_only_layers=[]), 'mixtral': {}, 'deepseek_v2': dict(q_lora_rank=32, norm_topk_prob=False), 'deepseek_v3': {}}
+
+@engine
+@pytest.mark.parametrize('family', FAMILIES_IN_LLAMA)
+def test_other_families_with_random_weights(tmp_path, family):
+    "Random layers amplify rounding, so the bound is relative: 1e-4 of the largest logit"
+    write(tmp_path/'s', *tiny(family, **FAMILIES_IN_LLAMA[family]))
+    write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')
+    far, most, words, mine = run_both(tmp_path/'s', tmp_path/'s.gguf', list(range(5, 60)), 16)
+    assert far<1e-4*most and words==mine
 
 @engine
 @pytest.mark.parametrize('how', ['f16', 'bf16', 'q8_0', 'q4_0', 'q4_k_m', 'q6_k'])
@@ -64,7 +77,7 @@ def test_unknown_tokenizer_gives_token_ids_only(students, tmp_path):
     t = json.loads((tmp_path/'s'/'tokenizer.json').read_text()); t['pre_tokenizer'] = dict(type='Sequence', pretokenizers=[dict(type='Digits', individual_digits=True), t['pre_tokenizer']])
     (tmp_path/'s'/'tokenizer.json').write_text(json.dumps(t))
     assert not write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')['vocabulary']
-    far, words, mine = run_both(tmp_path/'s', tmp_path/'s.gguf', list(range(5, 40)))
+    far, most, words, mine = run_both(tmp_path/'s', tmp_path/'s.gguf', list(range(5, 40)))
     assert far<1e-4 and words==mine
 
 @engine
