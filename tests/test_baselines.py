@@ -44,7 +44,7 @@ def test_within_the_bytes_and_as_large_as_said(case, name, keep):
     block = b.build(moe, stats, keep, 0, x)
     size = routed_parameters(block)
     assert size==z.routed <= keep*routed_parameters(moe)
-    spare = dict(whole=3*h*i, novices=3*h*i, lowrank=n*3*(h+i), base=n*3*(h+i), mixture=n*3*(h+i), exact=n*3*(h+i))[b.layout]
+    spare = dict(whole=3*h*i, novices=3*h*i, lowrank=n*3*(h+i), base=n*3*(h+i), multiplex_mixture=n*3*(h+i), exact=n*3*(h+i))[b.layout]
     assert size+spare > keep*routed_parameters(moe) or z.rank==min(h, i)       # the next larger one would not fit
     y = block_forward(block, x)
     assert y.shape==x.shape and y.isfinite().all()
