@@ -86,7 +86,7 @@ def fresh_stats(
 ) -> LayerStats:
     "What the students need to know of the experts; moments of each expert up to 1 GB, else the layer's."
     n, h, i = moe.experts.down_proj.shape
-    if not any(BASELINES[b].rich for b in job.recipe['baselines'] if b in BASELINES): return LayerStats(n, i, job.device)
+    if not any(BASELINES[b].rich for b in job.recipe.get('baselines', ()) if b in BASELINES): return LayerStats(n, i, job.device)
     return ExpertStats(n, i, h, job.device, 'full' if n*h*h<=2**27 else 'layer')
 
 def teacher_layer(
@@ -317,7 +317,7 @@ def check_recipe(
     kinds = [recipe['method'], *(b for b in recipe['baselines'] if b!=recipe['method'])]
     def exists(kind):
         b, n_keep = BASELINES.get(kind), max(1, round(n*recipe['keep']))
-        if b: n_keep = layout_shape(b.layout, n, c['hidden_size'], c[f.width], recipe['keep'], c['num_experts_per_tok']).cores
+        if b: n_keep = layout_shape(b.layout, n, c['hidden_size'], c[check_supported(c).width], recipe['keep'], c['num_experts_per_tok']).cores
         if kind=='reap' or (b and b.pruned): pruned_groups(n_keep, c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
     for k in kinds[1:]:
         try: exists(k)
