@@ -21,6 +21,7 @@ from moe_fuse.expert_analysis import *
 from moe_fuse.fusion import *
 from moe_fuse.grouping import *
 from moe_fuse.headers import *
+from moe_fuse.merging import route_cores
 from moe_fuse.multiplex_lora import *
 from moe_fuse.neuron_choice import *
 from moe_fuse.pipeline import *
@@ -63,6 +64,7 @@ class Layer:
 
 def width(l, keep): return max(1, round(l.moe.experts.down_proj.shape[2]*keep))
 def ordered(order, r): return order[:,:r].sort(1).values
+def pooled(u, r): return choose_uneven(u, pool_widths([u], [1.], r*len(u), least=0)[0])
 
 CHOICES = {   # layer, r -> [N, r] neurons, or N lists of them, N*r in all
     'energy':        lambda l,r: choose_neurons(l.stats.usefulness, r),
@@ -71,11 +73,11 @@ CHOICES = {   # layer, r -> [N, r] neurons, or N lists of them, N*r in all
     'backward':      lambda l,r: backward_subset(l.grams, l.moe.experts.down_proj, r),
     'taylor':        lambda l,r: choose_neurons(l.taylor, r),
     'seen':          lambda l,r: choose_neurons(l.seen, r),
-    'energy-pooled': lambda l,r: pooled_widths(l.stats.usefulness, r*len(l.stats.usefulness)),
-    'seen-pooled':   lambda l,r: pooled_widths(l.seen, r*len(l.seen)),
-    'taylor-pooled': lambda l,r: pooled_widths(l.taylor, r*len(l.taylor)),
-    'backward-pooled': lambda l,r: pooled_widths(backward_usefulness(l.grams, l.moe.experts.down_proj), r*len(l.grams)),
-    'subset-pooled': lambda l,r: pooled_widths(subset_usefulness(l.grams, l.moe.experts.down_proj), r*len(l.grams)),
+    'energy-pooled': lambda l,r: pooled(l.stats.usefulness, r),
+    'seen-pooled':   lambda l,r: pooled(l.seen, r),
+    'taylor-pooled': lambda l,r: pooled(l.taylor, r),
+    'backward-pooled': lambda l,r: pooled(backward_usefulness(l.grams, l.moe.experts.down_proj), r),
+    'subset-pooled': lambda l,r: pooled(subset_usefulness(l.grams, l.moe.experts.down_proj), r),
 }
 
 def slim_block(moe, idx, on=None):
@@ -102,7 +104,7 @@ def cores(share, groups): # cores as wide as that share of an expert, of their m
     def make(l, keep):
         n, i = l.stats.usefulness.shape; w = max(1, round(i*share)); e = round(n*i*keep/w)
         g = groups(l, e)
-        gate_up, down = core_neurons(l.moe.experts, l.stats.usefulness, g, w)
+        gate_up, down = core_neurons(l.moe.experts, g, l.stats.usefulness, w)
         return FusedMoE(l.moe, g, gate_up, down, mode='cores').requires_grad_(False)
     return make
 
@@ -128,14 +130,11 @@ def fit_cores(moe, targets, job):
     fit = JointRidge(moe.down_proj, s.down_proj.weight, free_memory(job.device)//2)
     for a,b,_ in job.batches(held=False):
         for x,y in zip(*(t.split(fit.step) for t in targets.for_student(a, b))):
-            q = core_pairs(route_cores(moe, x), moe.groups, len(moe.down_proj), len(x))
-            e = torch.arange(len(q.counts), device=x.device).repeat_interleave(torch.tensor(q.counts, device=x.device))
-            fit.add(moe.neurons(grouped_linear(x[q.token], moe.gate_up_proj, q.counts)), Pairs(q.token, e, q.weight, q.counts, None), shared_hidden(moe, x), y)
+            _, w, ids = moe.gate(x)
+            q = route_cores(sort_pairs(ids, w, len(moe.groups)), moe.groups, len(x))
+            g, u = grouped_linear(x[q.token], moe.gate_up_proj, q.counts).chunk(2, -1)
+            fit.add(moe.act_fn(g)*u, q, shared_hidden(moe, x), y)
     moe.down_proj.data, s.down_proj.weight.data = fit.solve()
-
-def route_cores(moe, x):
-    _, weights, indices = moe.gate(x)
-    return sort_pairs(indices, weights, len(moe.groups))
 
 @torch.no_grad()
 def student(variant, i, layer, stats, targets, job, grads):

@@ -38,6 +38,8 @@ def layout_shape(
     keep:float, top_k:int,    # share of 3HIN; experts of a token
 ) -> Shape:
     "The largest that fits, or `BadInput`."
+    if layout not in LAYOUTS: raise BadInput(f'layout {layout!r} is none of {", ".join(LAYOUTS)}')
+    if not 0<=keep<float('inf'): raise BadInput(f'keep is {keep:g}, it must be positive and finite')
     e, one, low = int(n*keep+1e-9), 3*h*i, 3*(h+i)                             # low: of rank 1, for one id
     budget, rank, extra, each = int(n*keep*one+1e-6), 0, 0, 0
     if layout=='novices': e = (budget-n*h)//(one-h); extra, each = (n-e)*h, 0
@@ -47,6 +49,7 @@ def layout_shape(
         rank = min((budget - e*one - n*each)//(n*low), h, i)
         if rank<1: raise BadInput(f'keep {keep:g} of {n} experts leaves no room for a rank, layout {layout}')
     elif e<1: raise BadInput(f'keep {keep:g} of {n} experts leaves none whole, layout {layout}')
+    elif e>n: raise BadInput(f'keep {keep:g} of {n} experts is more than there are, layout {layout}')
     return Shape(e, rank, e*one + n*(each+rank*low) + extra, (e if layout=='base' else min(top_k, e))*one + top_k*(each+rank*low))
 
 def routed_parameters(
@@ -175,10 +178,8 @@ def gated_similarity(
 
 def ream(moe, stats, keep, seed=0, x=None):
     "Salient centroids take in what they resemble; a stock block."
-    n_keep, c = _shape(moe, keep).cores, moe.experts.config
-    block = pruned_moe(moe, stats.saliency, n_keep)
-    grouped = 'e_score_correction_bias' in moe.gate.state_dict() or getattr(c, 'topk_method', None)=='group_limited_greedy'   # as in `pruned_moe`
-    ids = prune_experts(stats.saliency, n_keep, pruned_groups(n_keep, *((c.n_group, c.topk_group) if grouped else (1, 1)), c.num_experts_per_tok)[0])
+    n_keep = _shape(moe, keep).cores
+    block, (ids, _) = pruned_moe(moe, stats.saliency, n_keep), kept_experts(moe, stats.saliency, n_keep)
     groups = gated_similarity(moe, x)[:,ids].argmax(1); groups[ids] = torch.arange(n_keep)
     gate_up, down = merge_experts(moe.experts.gate_up_proj, moe.experts.down_proj, groups, 'mean', stats.saliency)
     block.experts.gate_up_proj.data, block.experts.down_proj.data = gate_up, down

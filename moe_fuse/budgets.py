@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cut_block', 'try_plans', 'probe_widths', 'probe_layers', 'dropped', 'layer_loss', 'spend', 'layer_widths',
-           'pool_widths', 'make_plans', 'predict_plans', 'stock_cuts', 'budgets', 'budget_table']
+           'make_plans', 'predict_plans', 'stock_cuts', 'budgets', 'budget_table']
 
 # %% ../nbs/09_budgets.ipynb #a57bfb50
 import json, time
@@ -21,6 +21,7 @@ from .evaluation import *
 from .expert_analysis import *
 from .headers import *
 from .multiplex_lora import *
+from .neuron_choice import *
 from .pipeline import *
 from .sources import *
 
@@ -116,6 +117,7 @@ def spend(
 ) -> list: # [L] units of each layer, 1..U
     "The cheapest way to share a budget out."
     (n, u), best, took = cost.shape, np.zeros(budget+1), []
+    if not np.isfinite(cost).all(): raise BadInput(f'{int((~np.isfinite(cost)).sum())} of {cost.size} losses are NaN or infinite')
     if budget<n: raise BadInput(f'a budget of {budget} units for {n} layers, each needs one')
     for row in cost:
         new, arg = np.full(budget+1, np.inf), np.zeros(budget+1, int)
@@ -138,21 +140,6 @@ def layer_widths(
     cost = np.array([[layer_loss(s, w) for w in range(step, width+1, step)] for s in seen.values()])
     return dict(zip(seen, (step*w for w in spend(cost, budget//step))))
 
-# %% ../nbs/09_budgets.ipynb #04aae9dd
-def pool_widths(
-    usefulness:list, # of [N, I], one a layer
-    price:list,      # of each layer's usefulness
-    total:int,       # neurons to keep
-    least=1,         # of each expert that ever fired
-) -> list: # of [N] widths
-    "Keep the most useful neurons of several layers together."
-    u = torch.stack([x.sort(dim=1, descending=True).values*p for x,p in zip(usefulness, price)])
-    if total < least*int((u[...,0]>0).sum()): raise BadInput(f'{total} neurons are too few: {int((u[...,0]>0).sum())} experts fire and keep {least} each')
-    u[...,:least] = torch.where(u[...,:1]>0, torch.inf, u[...,:least])
-    l, n, i = u.shape
-    keep = u.flatten().argsort(descending=True, stable=True)[:total]//i
-    return keep.bincount(minlength=l*n).view(l, n).tolist()
-
 # %% ../nbs/09_budgets.ipynb #c056f9c2
 def make_plans(
     seen:dict,  # from `probe_layers`
@@ -162,7 +149,7 @@ def make_plans(
     us = [s['usefulness'] for s in seen.values()]; n, i = us[0].shape
     if not 1/i<=keep<=1: raise BadInput(f'keep is {keep}, it must lie in [1/{i}, 1]: one neuron an expert at least')
     r = max(1, int(i*keep + 1e-6))
-    price = [s['kl'][w]/max(dropped(u, w), 1e-30) for s,u in zip(seen.values(), us) for w in [min(s['kl'], key=lambda k: abs(k-r))]]
+    price = [max(s['kl'][w], 1e-9)/max(dropped(u, w), 1e-30) for s,u in zip(seen.values(), us) for w in [min(s['kl'], key=lambda k: abs(k-r))]]
     return dict(uniform={l: r for l in seen}, layers=layer_widths(seen, r*len(us)), experts={l: pool_widths([u], [1.], r*n)[0] for l,u in zip(seen, us)},
                 model=dict(zip(seen, pool_widths(us, price, r*n*len(us)))))
 

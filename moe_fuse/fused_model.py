@@ -97,6 +97,8 @@ def fused_config(
 ):
     "The config of a fused model."
     if (t := config.get('model_type')) not in SUPPORTED or stock_type(config) not in FUSED: raise BadInput(f'model_type {t!r} has no fused model; those that have: {", ".join(FUSED)}')
+    if not 1<=n_cores<=config['n_routed_experts']: raise BadInput(f"{n_cores} cores, they must be 1..{config['n_routed_experts']}, the experts")
+    if core_width is not None and core_width<1: raise BadInput(f'core_width is {core_width}, it must be positive')
     cls, old = FUSED[stock_type(config)], ('model_type', 'architectures', 'quantization_config', 'auto_map', 'transformers_version')
     c = {k:v for k,v in config.items() if k not in old} | dict(n_cores=n_cores, fused_rank=rank, fused_mode=mode, core_width=core_width, architectures=[cls.__name__], num_nextn_predict_layers=0)
     return cls.config_class.from_dict(c)

@@ -48,6 +48,8 @@ def healing_tokens(
     "Chats with the assistant's tokens marked, plain text with all of them; in an order that doesn't depend on the draw."
     kinds = {chat: [d for d in docs if ('text' not in d)==chat] for chat in (True, False)}
     n = {chat: len({d['domain'] for d in ds}) for chat,ds in kinds.items()}
+    few = {chat: n_tokens*k//max(1, sum(n.values())) for chat,k in n.items() if k}
+    if few and min(few.values())<MIN_TOKENS: raise BadInput(f'{n_tokens:,} tokens shared out over {sum(n.values())} domains are too few: chats and plain text need {MIN_TOKENS:,} each')
     sets = [(chat, sample_tokens(ds, tokenizer, n_tokens*n[chat]//sum(n.values()), seq_len, seed, assistant=chat)) for chat,ds in kinds.items() if ds]
     seqs = [(d, i.tolist(), said.tolist()) for chat,t in sets
             for d,i,said in zip(t.domains, t.ids.split(t.lengths), (t.assistant if chat else torch.ones(len(t), dtype=torch.bool)).split(t.lengths))]
@@ -130,6 +132,7 @@ def topk_of(
     k:int,               # words to keep, below V
 ): # (ids [n, k] int64, log-probabilities [n, k+1] float32, the last of everything else)
     "The k likeliest words, and the rest as one event."
+    if not 0<k<logits.shape[1]: raise BadInput(f'top_k is {k}, it must lie in 1..{logits.shape[1]-1}')
     logp = logits.float().log_softmax(-1)
     top = logp.topk(k)
     rest = logp.scatter(-1, top.indices, -torch.inf).logsumexp(-1, keepdim=True)
@@ -147,6 +150,7 @@ def heal_losses(
     q = torch.cat([logq.gather(-1, top_ids), logq.scatter(-1, top_ids, -torch.inf).logsumexp(-1, keepdim=True)], -1)
     logp = top_logp.float().log_softmax(-1)
     return ce, (logp.exp()*(logp-q)).sum()
+
 def chunked_losses(
     logits, targets, top_ids, top_logp, # as in `heal_losses`
     step=None, # predictions at a time; None takes 0.5 GB of float32
@@ -507,7 +511,8 @@ def check_heal(
     if r['quantize_base'] not in ('none', 'nf4'): raise BadInput(f"quantize_base {r['quantize_base']!r} is neither none nor nf4")
     if r['adapter']!='none' and not groups & ADAPTED: raise BadInput(f"adapter {r['adapter']!r} has nothing to go on in {r['train']}; it goes on {', '.join(sorted(ADAPTED))}")
     if r['quantize_base']=='nf4' and r['adapter']=='none' and groups & ADAPTED: raise BadInput(f"quantize_base nf4 freezes {', '.join(sorted(groups & ADAPTED))}; train them with --adapter lora, or leave them out of --train")
-    for k,low,high in ('kd', 0, 1), ('lr', 0, 1), ('spike', 1, math.inf):
+    if not 0<r['lr']<=1: raise BadInput(f"lr is {r['lr']}, it must be positive and at most 1")
+    for k,low,high in ('kd', 0, 1), ('spike', 1, math.inf):
         if not low<=r[k]<=high: raise BadInput(f'{k} is {r[k]}, it must lie in {low}..{high}')
     if not 0<r['top_k']<t.config['vocab_size']: raise BadInput(f"top_k is {r['top_k']}, it must lie in 1..{t.config['vocab_size']-1}")
     if r['rank']<1: raise BadInput(f"rank is {r['rank']}, it must be positive")

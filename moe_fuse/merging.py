@@ -57,8 +57,9 @@ def _base(w, a, base): # group, its member weights, None, id or tensor -> (base 
     if base is None: return _mix(w, a), w, a
     if isinstance(base, torch.Tensor):
         if base.shape!=w.shape[1:]: raise BadInput(f'base is {list(base.shape)}, members are {list(w.shape[1:])}')
+        if not base.isfinite().all(): raise BadInput('base holds NaN or infinity')
         return base.to(w), w, a
-    if not 0<=base<len(w): raise BadInput(f'base is member {base}, there are {len(w)}')
+    if base not in range(len(w)): raise BadInput(f'base is member {base}, there are {len(w)}')
     rest = [i for i in range(len(w)) if i!=base] or [base]
     return w[base], *_group(w[rest], a[rest])
 
@@ -100,7 +101,7 @@ def merge_sce(
     return _consensus(base, tau, c/c.max().clamp(min=1e-30), _agree(tau, a, base.abs()+_mix(w.abs(), a)))
 
 # %% ../nbs/03_merging.ipynb #6fe7bafe
-def _norms(w): return w.reshape(len(w), -1).norm(dim=1)                        # [n]
+def _norms(w): return w.reshape(len(w), -1).norm(dim=1, dtype=torch.float64).float()   # [n]; squares of small numbers would vanish in float32
 
 def _directions(w, a): # -> (unit vectors [n, F], zero for a zero member; mean direction [F], None where they cancel; mean norm)
     n = _norms(w)
@@ -230,11 +231,13 @@ def merge_experts(
     "One core for each group."
     n, out = len(groups), []
     if len(down)!=n or (usage is not None and len(usage)!=n): raise BadInput(f'groups of {n} experts, weights of {len(down)}' + ('' if usage is None else f', usage of {len(usage)}'))
+    if len(gate_up)!=n or not n or groups.min()<0: raise BadInput(f'groups {groups.tolist()}, gate_up of {len(gate_up)} experts: expected a core >= 0 for each expert')
     a = torch.ones(n) if usage is None else torch.as_tensor(usage).float().cpu()
     for c in range(int(groups.max())+1):
         ids = (groups==c).nonzero()[:,0].tolist()
         if not ids: raise BadInput(f'core {c} has no members')
         g, d = (torch.stack([w[i] for i in ids]) for w in (gate_up, down))     # also of packed experts, which come one at a time
+        if not (g.isfinite().all() and d.isfinite().all()): raise BadInput(f'core {c}: one of the experts {ids} holds NaN or infinity')
         if len(ids)>1:
             if align: g, d = align_neurons(g, d, int(a[ids].argmax()))
             g, d = torch.cat([merge(h, how, a[ids], **kw) for h in g.chunk(2, 1)]), merge(d, how, a[ids], **kw)
@@ -269,6 +272,7 @@ def merge_outputs(
     def hidden(g, x):
         a, b = (x@g.T).chunk(2, -1)
         return experts.act_fn(a)*b
+    if int(groups.max())+1!=len(gate_up): raise BadInput(f'groups name {int(groups.max())+1} cores, gate_up has {len(gate_up)}')
     down, a = mean_cores(experts.down_proj, groups, usage), usage.float().cpu()
     for c,ids in enumerate((groups==c).nonzero()[:,0].tolist() for c in range(len(gate_up))):
         xc, ac = x[p.token[torch.isin(p.expert, torch.tensor(ids, device=x.device))].unique()], _group(down[[0]*len(ids)], a[ids])[1]
@@ -284,6 +288,7 @@ def route_cores(
     n_tokens:int,         # T
 ) -> Pairs: # (token, core) pairs, min(k, E) a token
     "The routing of cores: each has the sum of its members' weights."
+    if not n_tokens or len(p.expert)%n_tokens: raise BadInput(f'{len(p.expert)} pairs are not k for each of {n_tokens} tokens')
     groups = groups.to(p.expert.device)
     e = int(groups.max())+1
     s = p.weight.new_zeros(n_tokens, e).index_put_((p.token, groups[p.expert]), p.weight, accumulate=True)

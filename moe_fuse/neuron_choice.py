@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['feature_grams', 'greedy_subset', 'backward_usefulness', 'backward_subset', 'taylor_usefulness', 'merge_neurons',
-           'subset_usefulness', 'pooled_widths', 'take_padded', 'core_neurons']
+           'subset_usefulness', 'pool_widths', 'choose_uneven', 'take_padded', 'core_neurons']
 
 # %% ../nbs/03_neuron_choice.ipynb #f6b33277
 import torch
@@ -24,11 +24,13 @@ def feature_grams(
     return torch.stack([e.T@e for e in hw.split(p.counts)]).double()
 
 # %% ../nbs/03_neuron_choice.ipynb #beff2e8c
-def _check(gram, down, width):
+def _check(gram, down, width, ridge=1.):
     "Shapes, numbers and width that make sense"
+    if not ridge>=0: raise BadInput(f'ridge is {ridge}, it must be at least 0')
     if not 1<=width<=gram.shape[1]: raise BadInput(f'width is {width}, it must lie in 1..{gram.shape[1]}, the neurons of an expert')
     if gram.shape[:2]!=(down.shape[0], down.shape[2]): raise BadInput(f'Gram matrices {list(gram.shape)} are not those of down projections {list(down.shape)}')
     if not gram.isfinite().all(): raise BadInput(f'calibration states: {int((~gram.isfinite()).any((1,2)).sum())} of {len(gram)} Gram matrices hold NaN or infinite values')
+    if not down.isfinite().all(): raise BadInput('down projections hold NaN or infinite values')
 
 def greedy_subset(
     gram:torch.Tensor, # [N, I, I] float64, `feature_grams`
@@ -37,8 +39,8 @@ def greedy_subset(
     ridge=.1,          # relative to the mean of the diagonal
 ): # (neurons [N, width] in the order picked, gain of each [N, width] float64)
     "Pick the neuron that explains most of what the picked ones leave of the expert's output, again and again."
-    _check(gram, down, width)
-    R, at = gram.clone(), torch.arange(len(gram), device=gram.device)
+    _check(gram, down, width, ridge)
+    R, at = gram.double().clone(), torch.arange(len(gram), device=gram.device)
     V = down.to(R)@R                                                                          # D R  [N, H, I]
     R.diagonal(dim1=1, dim2=2).add_(ridge*R.diagonal(dim1=1, dim2=2).mean(1, keepdim=True)+1e-30)
     done, picked, gains = torch.zeros(R.shape[:2], dtype=torch.bool, device=R.device), [], []
@@ -57,10 +59,12 @@ def backward_usefulness(
     ridge=1e-4,        # relative to the mean of the diagonal
 ) -> torch.Tensor: # [N, I] float64, what the output of the expert lost when the neuron was dropped, made to rise
     "Drop the neuron whose loss the others repair best, again and again; the later, the more useful."
-    _check(gram, down, 1)
-    at, C, M = torch.arange(len(gram), device=gram.device), gram.clone(), down.to(gram); M = M.mT@M    # W'W is all that is needed of W
+    _check(gram, down, 1, ridge)
+    at, C = torch.arange(len(gram), device=gram.device), gram.double().clone(); M = down.to(C); M = M.mT@M    # W'W is all that is needed of W
     C.diagonal(dim1=1, dim2=2).add_(ridge*C.diagonal(dim1=1, dim2=2).mean(1, keepdim=True).clamp(min=1e-30))
-    P, gone, lost, rank = torch.cholesky_inverse(torch.linalg.cholesky(C)), torch.zeros_like(gram[:,0], dtype=torch.bool), [], []
+    try: P = torch.cholesky_inverse(torch.linalg.cholesky(C))
+    except torch.linalg.LinAlgError: raise BadInput(f'ridge is {ridge}, too small for neurons that fire alike or never') from None
+    gone, lost, rank = torch.zeros_like(gram[:,0], dtype=torch.bool), [], []
     for _ in range(gram.shape[1]):
         cost = M.diagonal(dim1=1, dim2=2)/P.diagonal(dim1=1, dim2=2).clamp(min=1e-300)
         c, j = cost.masked_fill(gone, torch.inf).min(1); gone[at,j] = True; lost.append(c); rank.append(j)
@@ -106,12 +110,14 @@ def merge_neurons(
     for e in range(n):
         d, j = gram[e].diagonal().clamp(min=1e-30), idx[e]
         cos = gram[e][:,j]/(d[:,None]*d[j]).sqrt()                                             # [I, r]
-        best, to = cos.abs().max(1); best[j] = 1.; to[j] = torch.arange(width, device=to.device)
+        own = torch.arange(width, device=d.device); cos[j,own] = 1.                            # also where it never fired
+        best, to = cos.abs().max(1); best[j] = 1.; to[j] = own
         rest = (best>=least).nonzero()[:,0]; sign = cos[rest,to[rest]].sign()
-        a = torch.zeros(width, i, dtype=torch.float64, device=d.device); a[to[rest],rest] = usefulness[e,rest].to(a); a /= a.sum(1, keepdim=True).clamp(min=1e-30)
+        a = torch.zeros(width, i, dtype=torch.float64, device=d.device); a[to[rest],rest] = usefulness[e,rest].to(a)
+        a[own,j] = a[own,j].clamp(min=1e-30); a /= a.sum(1, keepdim=True)
         g, u = experts.gate_up_proj[e].double().view(2, i, h); s = torch.zeros(i, dtype=torch.float64, device=d.device); s[rest] = sign
         gate_up[e] = torch.cat([a@g, (a*s)@u])                                                 # silu(g) u: only u has a sign to turn
-        to_down = torch.zeros_like(a); to_down[to[rest],rest] = gram[e][rest,j[to[rest]]]/d[j[to[rest]]]   # least squares, one by one
+        to_down = torch.zeros_like(a); to_down[to[rest],rest] = gram[e][rest,j[to[rest]]]/d[j[to[rest]]]; to_down[own,j] = 1.   # least squares, one by one
         down[e] = experts.down_proj[e].double()@to_down.T
     return gate_up, down
 
@@ -124,15 +130,31 @@ def subset_usefulness(
     order, gain = greedy_subset(gram, down, gram.shape[1])
     return torch.zeros_like(gain).scatter_(1, order, gain.cummin(1).values)
 
-def pooled_widths(
+def pool_widths(
+    usefulness:list, # of [N, I], one a layer
+    price:list,      # of each layer's usefulness, > 0
+    total:int,       # neurons to keep
+    least=1,         # of each expert that ever fired
+) -> list: # of [N] widths
+    "Keep the most useful neurons of several layers together."
+    if not all(0<p<float('inf') for p in price): raise BadInput(f'prices {price} must be positive and finite')
+    u = torch.stack([x.sort(dim=1, descending=True).values for x in usefulness])
+    if not u.isfinite().all(): raise BadInput('usefulness holds NaN or infinite values')
+    if not 1<=total<=u.numel(): raise BadInput(f'{total} neurons cannot be kept of {u.numel()}')
+    fires = u[...,:1]>0
+    if total < least*int(fires.sum()): raise BadInput(f'{total} neurons are too few: {int(fires.sum())} experts fire and keep {least} each')
+    u = u*torch.tensor(price, dtype=torch.float64, device=u.device)[:,None,None]
+    u[...,:least] = torch.where(fires, torch.inf, u[...,:least])
+    l, n, i = u.shape
+    keep = u.flatten().argsort(descending=True, stable=True)[:total]//i
+    return keep.bincount(minlength=l*n).view(l, n).tolist()
+
+def choose_uneven(
     usefulness:torch.Tensor, # [N, I]
-    n:int,                   # neurons to keep of all
-) -> list: # N int64 tensors, ascending, n entries in all; some may be empty
-    "The most useful neurons of the layer, whosever they are; ties go to the lower index."
-    if not 1<=n<=usefulness.numel(): raise BadInput(f'{n} neurons cannot be kept of {usefulness.numel()}')
-    keep = torch.zeros(usefulness.numel(), dtype=torch.bool, device=usefulness.device)
-    keep[usefulness.flatten().argsort(descending=True, stable=True)[:n]] = True
-    return [k.nonzero()[:,0] for k in keep.view_as(usefulness)]
+    widths,                  # [N] neurons kept of each expert, 0..I
+) -> list: # N int64 tensors, ascending; some may be empty
+    "The most useful neurons of every expert, each to a width of its own."
+    return [u.argsort(descending=True, stable=True)[:r].sort().values for u,r in zip(usefulness, widths, strict=True)]
 
 def take_padded(
     experts:nn.Module, # `gate_up_proj` [N, 2I, H], `down_proj` [N, H, I]
@@ -148,17 +170,16 @@ def take_padded(
 # %% ../nbs/03_neuron_choice.ipynb #bc448d52
 def core_neurons(
     experts:nn.Module,       # `gate_up_proj` [N, 2I, H], `down_proj` [N, H, I]
-    usefulness:torch.Tensor, # [N, I]
     groups:torch.Tensor,     # [N] core of each expert
-    width:int,               # neurons of a core
-): # (gate_up [E, 2 width, H], down [E, H, width])
-    "Cores of the most useful neurons of their members, which all members then share."
+    usefulness:torch.Tensor, # [N, I]
+    width:int,               # R, neurons of each core
+): # (gate_up [E, 2R, H], down [E, H, R])
+    "Cores of the most useful neurons of their members, which all members then share; ties go to the lower index."
     i, gate_up, down = usefulness.shape[1], [], []
     for e in range(int(groups.max())+1):
-        ids = (groups==e).nonzero()[:,0].tolist()
-        if width>len(ids)*i: raise BadInput(f'a core of {width} neurons is wider than its {len(ids)} members have together, {len(ids)*i}')
-        best = usefulness[ids].flatten().argsort(descending=True, stable=True)[:width]
-        mine = [(n, (best[best//i==m]%i).sort().values) for m,n in enumerate(ids)]
-        w = [(experts.gate_up_proj[n], experts.down_proj[n], j) for n,j in mine if len(j)]                     # each member touched once
-        gate_up.append(torch.cat([g[j] for g,_,j in w] + [g[i+j] for g,_,j in w])); down.append(torch.cat([d[:,j] for _,d,j in w], 1))
+        ids = (groups==e).nonzero()[:,0]
+        if not 1<=width<=len(ids)*i: raise BadInput(f'core {e} of width {width}: its {len(ids)} experts have {len(ids)*i} neurons')
+        best = usefulness[ids].flatten().argsort(descending=True, stable=True)[:width].sort().values.cpu()
+        mine = [(experts.gate_up_proj[n], experts.down_proj[n], best[best//i==m]%i) for m,n in enumerate(ids.tolist()) if (best//i==m).any()]   # packed ones are unpacked one by one
+        gate_up.append(torch.cat([g[j] for g,_,j in mine] + [g[i+j] for g,_,j in mine])); down.append(torch.cat([d[:,j] for _,d,j in mine], 1))
     return torch.stack(gate_up), torch.stack(down)

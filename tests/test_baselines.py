@@ -225,3 +225,19 @@ def test_the_command_line_takes_them_and_lists_them(capfd, tmp_path):
     assert err==f"moe-fuse: baseline 'nope' is none of {', '.join(k for k in KINDS if k!='slim')}\n" and set(BASELINES) <= set(err.replace(',', '').split()) and not (tmp_path/'out').exists()
     help = next(a for a in parser()._subparsers._group_actions[0].choices['run']._actions if a.dest=='baselines').help
     assert all(k in help.replace(',', '').replace(';', '').split() for k in KINDS if k!='slim')
+
+@pytest.mark.parametrize('keep', [float('nan'), float('inf'), 0, -1])
+def test_shares_of_no_layer_are_refused(keep):
+    for layout in LAYOUTS:
+        with pytest.raises(BadInput, match='keep'): layout_shape(layout, 32, 192, 64, keep, 4)
+
+def test_more_than_all_and_unknown_layouts_are_refused():
+    for layout in 'whole', 'novices':
+        with pytest.raises(BadInput, match='keep 1.5 of 32 experts is more than there are'): layout_shape(layout, 32, 192, 64, 1.5, 4)
+    with pytest.raises(BadInput, match="layout 'half' is none of whole"): layout_shape('half', 32, 192, 64, .5, 4)
+
+@pytest.mark.parametrize('name', ['svd', 'd2_moe'])
+def test_low_rank_of_experts_that_saw_two_tokens(case, name):
+    "Moments of rank two at most, whose smallest eigenvalues are rounding"
+    moe, x, _ = case
+    assert block_forward(BASELINES[name].build(moe, stats_of(moe, x[:2]), .5, 0, x[:2]), x).isfinite().all()

@@ -7,6 +7,7 @@ from moe_fuse.budgets import *
 from moe_fuse.calibration import *
 from moe_fuse.cli import main
 from moe_fuse.headers import *
+from moe_fuse.neuron_choice import *
 from moe_fuse.pipeline import compress
 from tiny_models import *
 
@@ -36,6 +37,17 @@ def test_pooling_keeps_the_most_that_can_be_kept(seed, layers, n, i, data):
     best = sum(r[:,0].sum().item() for r in rows) + sum(sorted((v for r in rows for v in r[:,1:].flatten().tolist()), reverse=True)[:total-fires])
     kept = sum((r*(torch.arange(i)<torch.tensor(w)[:,None])).sum().item() for r,w in zip(rows, got))
     assert abs(kept-best) <= 1e-4*max(best, 1)
+
+def test_a_layer_that_costs_nothing_to_cut_keeps_its_best_neurons():
+    "Measured on few tokens, a KL of nothing can come out below zero"
+    u = torch.rand(4, 8, generator=torch.Generator().manual_seed(0))
+    seen = {i: dict(usefulness=u, stream=1., kl={1: k, 2: k/2, 4: k/4}) for i,k in ((1, .5), (2, -1e-8))}
+    for keep in .25, .5:
+        plan = make_plans(seen, keep)['model']
+        assert min(plan[2])>=1 and sum(plan[1])>=sum(plan[2])
+
+def test_losses_that_are_no_numbers_are_refused():
+    with pytest.raises(BadInput, match='1 of 6 losses are NaN'): spend(np.array([[1., 2, np.nan], [1, 2, 3]]), 4)
 
 @pytest.fixture(scope='module', params=['v2', 'v3'])
 def teacher(request, tmp_path_factory): return write(tmp_path_factory.mktemp(request.param)/'t', *tiny(dict(v2=V2, v3=V3)[request.param], seed=2))

@@ -15,6 +15,7 @@ from moe_fuse.fused_model import *
 from moe_fuse.grouped import *
 from moe_fuse.headers import *
 from moe_fuse.multiplex_lora import *
+from moe_fuse.neuron_choice import *
 from tiny_models import *
 
 def stock_block(n=12, k=3, h=16, i=8, v3=False, seed=0, dtype=torch.float64):
@@ -238,10 +239,33 @@ def test_bad_input():
                          r'gate_up \[4, 16, 16\] does not fit down \[4, 16, 7\]': (g, up, down[:,:,:7]), r'gate_up \[3, 16, 16\] does not fit down \[4, 16, 8\]': (g, up[:3], down),
                          r'11 experts of hidden size 16 behind a router \[12, 16\]': (g[:11], up, down), 'groups name cores 0..3, there are 3': (g, up[:3], down[:3]), 'groups name cores -1..2': (g-1, up, down)}.items():
         with pytest.raises(ValueError, match=message): FusedMoE(moe, *args)
-    narrow = neuron_cores(moe.experts, g, torch.rand(12, 8), 4)
+    narrow = core_neurons(moe.experts, g, torch.rand(12, 8), 4)
     with pytest.raises(ValueError, match='cores of width 4 have no difference to experts of width 8'): fuse_moe(moe, g, torch.ones(12), 2, cores=narrow)
     assert fuse_moe(moe, g, torch.ones(12), 0, cores=narrow).down_proj.shape==(4, 16, 4)
-    with pytest.raises(ValueError, match='core 3 of width 17: its 2 experts have 16 neurons'): neuron_cores(moe.experts, torch.arange(11)%4, torch.rand(11, 8), 17)
+    with pytest.raises(ValueError, match='core 3 of width 17: its 2 experts have 16 neurons'): core_neurons(moe.experts, torch.arange(11)%4, torch.rand(11, 8), 17)
+
+def test_sizes_that_do_not_fit_are_refused():
+    moe = stock_block()
+    with pytest.raises(BadInput, match=r'usefulness \[12, 7\] of 12 experts with 8 neurons'): slim_moe(moe, torch.rand(12, 7), .5)
+    for n,s in (13, 12), (6, 11):
+        with pytest.raises(BadInput, match=f'{n} experts to keep by a saliency of {s}; there are 12'): pruned_moe(moe, torch.rand(s), n)
+    for f in svd_lora, shared_lora:
+        for r in 0, 6:
+            with pytest.raises(BadInput, match=f'rank {r} is not in 1..5'): f(torch.randn(2, 5, 7), r)
+    for dtype in torch.float32, torch.bfloat16:
+        with pytest.raises(ValueError, match=r'rows of 7 do not fit matrices \[2, 3, 8\]'): grouped(torch.ones(4, 7, dtype=dtype), torch.ones(2, 3, 8, dtype=dtype), torch.tensor([2, 4], dtype=torch.int32))
+
+@pytest.mark.parametrize('mode', ['fused_lora', 'mixture', 'exact'])
+def test_a_moment_of_nothing_counts_all_inputs_alike(mode):
+    "An expert that never fired has a second moment of zero"
+    moe, g, x = stock_block(dtype=torch.float32), torch.arange(12)%4, torch.randn(20, 16)
+    want = fuse_moe(moe, g, torch.ones(12), 2, mode)(x)
+    assert torch.equal(fuse_moe(moe, g, torch.ones(12), 2, mode, torch.zeros(16, 16), torch.zeros(8, 8))(x), want)
+    with pytest.raises(BadInput, match='second moment holds NaN'): fuse_moe(moe, g, torch.ones(12), 2, mode, torch.full((16, 16), torch.nan))
+
+@pytest.mark.parametrize('sizes,message', [(dict(n_cores=0), '0 cores, they must be 1..16'), (dict(n_cores=17), '17 cores'), (dict(n_cores=4, core_width=0), 'core_width is 0')])
+def test_configs_of_no_model_are_refused(sizes, message):
+    with pytest.raises(BadInput, match=message): fused_config(tiny(V3, n_routed_experts=16)[0], **sizes)
 
 # models
 

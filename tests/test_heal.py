@@ -227,7 +227,7 @@ def test_no_assistant(pair, texts, tmp_path):
     f = tmp_path/'mute.jsonl'; f.write_text(''.join(json.dumps(dict(messages=[dict(role='user', content=f'{i} says '*50)]))+'\n' for i in range(200)))
     refused(pair, texts, tmp_path, 'no assistant turn', data=str(f))
 
-@pytest.mark.parametrize('kw,say', [(dict(tokens=1000), 'fewer than one batch'), (dict(batch_tokens=64), 'less than one row'), (dict(train='router', adapter='lora'), 'nothing to go on'), (dict(train='experts', quantize_base='nf4'), 'freezes experts'),
+@pytest.mark.parametrize('kw,say', [(dict(tokens=1000), 'fewer than one batch'), (dict(tokens=3072), '3,072 tokens shared out over 2 domains are too few'), (dict(lr=0), 'lr is 0'), (dict(batch_tokens=64), 'less than one row'), (dict(train='router', adapter='lora'), 'nothing to go on'), (dict(train='experts', quantize_base='nf4'), 'freezes experts'),
     (dict(train='expert'), "can't train 'expert'"), (dict(adapter='qlora'), 'none of none, lora, dora'), (dict(quantize_base='int4'), "'int4'"), (dict(kd=2), 'kd is 2'), (dict(top_k=2048), 'top_k'), (dict(seq_len=4096, batch_tokens=8192), 'seq_len'), (dict(tokens=10**6, batch_tokens=10**6), 'fewer than one batch')])
 def test_bad_settings(kw, say, pair, texts, tmp_path): refused(pair, texts, tmp_path, say, **kw)
 

@@ -299,3 +299,24 @@ def test_by_halves_every_step_looks_anew(n, seed, data):
     assert len(g)==len(d)==e and set(groups.tolist())==set(range(e))
     assert sizes==[s for s in [n, *[-(-n//2**k) for k in range(1, 9)]] if s>e][:len(sizes)] and (n==e or sizes)
     with pytest.raises(ValueError, match=f'{n+1} cores for {n} experts'): merge_by_halves(some(n, (6, 4)), some(n, (4, 3)), n+1, look)
+
+# what is refused, and numbers at the edge
+
+@pytest.mark.parametrize('scale', [1e-30, 1e30])
+@pytest.mark.parametrize('how', MERGES)
+def test_tiny_and_huge_members_merge_alike(how, scale):
+    w = some(2)
+    close(merge(w*scale, how)/scale, merge(w, how), 1e-4)
+
+def test_layers_that_do_not_fit_are_refused():
+    up, down, groups = some(6, (8, 5)), some(6, (5, 4)), torch.arange(6)%3
+    bad = up.clone(); bad[4,0,0] = torch.nan
+    for message,args in {'gate_up of 5 experts': (up[:5], down, groups), r'groups \[-1, 0, 1': (up, down, groups-1), 'core 1: one of the experts \\[1, 4\\] holds NaN': (bad, down, groups)}.items():
+        with pytest.raises(BadInput, match=message): merge_experts(*args)
+    with pytest.raises(BadInput, match='expected a core'): merge_experts(up[:0], down[:0], groups[:0])
+    with pytest.raises(BadInput, match='base holds NaN'): merge(up, 'sce', base=bad[4])
+    for base in 6, -1, 1.5, 'first':
+        with pytest.raises(BadInput, match=f'base is member {base}'): merge(up, 'ties', base=base)
+    p = sort_pairs(torch.tensor([[0,1],[1,2],[4,5]]), torch.rand(3, 2), 6)
+    for n in 0, 4:
+        with pytest.raises(BadInput, match=f'6 pairs are not k for each of {n} tokens'): route_cores(p, groups, n)

@@ -78,15 +78,15 @@ def test_neurons_that_never_fire_are_picked_last_and_break_nothing():
 
 def test_budgets_are_shared_and_spent():
     u = torch.rand(5, 8, generator=torch.Generator().manual_seed(0)); u[3] = 0
-    got = pooled_widths(u, 17)
+    widths, = pool_widths([u], [1.], 17, least=0); got = choose_uneven(u, widths)
     assert sum(map(len, got))==17 and len(got[3])==0
     assert min(u[e,j] for e in range(5) for j in got[e]) >= max(u[e,j] for e in range(5) for j in range(8) if j not in got[e])
-    assert [len(k) for k in pooled_widths(u, 40)]==[8]*5
+    assert pool_widths([u], [1.], 40, least=0)==[[8]*5]
 
 def test_padding_is_worth_nothing(block):
     "Unequal widths: the padded experts are those of the chosen neurons alone"
     moe, x = block
-    idx = pooled_widths(torch.rand(16, 32, generator=torch.Generator().manual_seed(1)), 200)
+    u = torch.rand(16, 32, generator=torch.Generator().manual_seed(1)); idx = choose_uneven(u, pool_widths([u], [1.], 200, least=0)[0])
     gate_up, down = take_padded(moe.experts, idx)
     for e,j in enumerate(idx):
         f = lambda gu, d: (lambda z: (torch.nn.functional.silu(z[:,:len(z.T)//2])*z[:,len(z.T)//2:])@d.T)(x@gu.T)
@@ -113,9 +113,18 @@ def test_neurons_that_fire_alike_merge_into_one(block):
     f = lambda gu, d: (lambda z: (torch.nn.functional.silu(z[:,:len(z.T)//2])*z[:,len(z.T)//2:])@d.T)(x@gu.T)
     for n in used: close(f(gate_up[n], down[n]), f(e.gate_up_proj[n], e.down_proj[n]), 1e-4)
 
+def test_merging_leaves_experts_that_never_fired_as_they_are(block):
+    moe, x = block
+    gram = grams_of(moe, x); gram[3] = 0
+    u = gram.diagonal(dim1=1, dim2=2)*moe.experts.down_proj.square().sum(1)
+    gate_up, down = merge_neurons(moe.experts, gram, u, 8)
+    want_gate_up, want_down = take_neurons(moe.experts, choose_neurons(u, 8))
+    assert torch.equal(gate_up[3], want_gate_up[3]) and torch.equal(down[3], want_down[3])
+    close(merge_neurons(moe.experts, gram, u, 32)[1], moe.experts.down_proj)   # nothing to merge
+
 def test_a_core_of_all_neurons_of_one_expert_is_that_expert(block):
     moe, _ = block
-    gate_up, down = core_neurons(moe.experts, torch.rand(16, 32), torch.arange(16), 32)
+    gate_up, down = core_neurons(moe.experts, torch.arange(16), torch.rand(16, 32), 32)
     for e in range(16): assert torch.equal(gate_up[e].sort(0).values, moe.experts.gate_up_proj[e].sort(0).values) and torch.equal(down[e].sort(1).values, moe.experts.down_proj[e].sort(1).values)
 
 # the solve without a normal matrix
@@ -179,8 +188,21 @@ def test_widths_that_cannot_be_are_refused(block):
         with pytest.raises(BadInput, match=f'width is {r}'): choose_neurons(torch.rand(16, 32), r)
     with pytest.raises(BadInput, match='Gram matrices'): greedy_subset(gram[:4], moe.experts.down_proj, 4)
     for n in 0, 513:
-        with pytest.raises(BadInput, match=f'{n} neurons'): pooled_widths(torch.rand(16, 32), n)
-    with pytest.raises(BadInput, match='core of 65 neurons'): core_neurons(moe.experts, torch.rand(16, 32), torch.arange(16)//2, 65)
+        with pytest.raises(BadInput, match=f'{n} neurons'): pool_widths([torch.rand(16, 32)], [1.], n, least=0)
+    for r in 0, 65:
+        with pytest.raises(BadInput, match=f'core 0 of width {r}: its 2 experts have 64 neurons'): core_neurons(moe.experts, torch.arange(16)//2, torch.rand(16, 32), r)
+
+def test_what_makes_no_choice_is_refused(block):
+    moe, x = block; gram, u = grams_of(moe, x), torch.rand(16, 32)
+    for f in greedy_subset, backward_subset:
+        with pytest.raises(BadInput, match='ridge is -1'): f(gram, moe.experts.down_proj, 4, ridge=-1)
+        with pytest.raises(BadInput, match='down projections hold NaN'): f(gram, moe.experts.down_proj*torch.nan, 4)
+        f(gram.float(), moe.experts.down_proj, 4)
+    dead = gram.clone(); dead[0] = 0; dead[0,0,0] = 1
+    with pytest.raises(BadInput, match='ridge is 0, too small'): backward_subset(dead, moe.experts.down_proj, 4, ridge=0)
+    for price in 0., -1., torch.nan:
+        with pytest.raises(BadInput, match='must be positive'): pool_widths([u, u], [1., price], 100)
+    with pytest.raises(BadInput, match='usefulness holds NaN'): pool_widths([u*torch.nan], [1.], 100)
 
 def test_budgets_too_small_are_refused(block):
     for budget,why in (1000, 'one block an expert'), (130_000, 'features of'), (220_000, 'one column'):
