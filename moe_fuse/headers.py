@@ -111,7 +111,7 @@ def resolve_source(
     if Path(src).is_dir(): return Path(src)
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(src)) or Path(src).exists(): raise BadInput(f'{src}: no such folder, and not a hub id')
     from huggingface_hub import snapshot_download
-    try: return Path(snapshot_download(src, allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.txt', '*.model']))
+    try: return Path(snapshot_download(src, allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.txt', '*.model', 'README.md']))
     except Exception as e: raise BadInput(f'{src}: no such folder, and the hub gave no answer ({type(e).__name__})') from None
 
 # %% ../nbs/00_headers.ipynb #d80f0c4e

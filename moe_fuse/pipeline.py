@@ -34,6 +34,7 @@ from .fused_student import *
 from .fusion import *
 from .headers import *
 from .healing import *
+from .model_card import *
 from .multiplex_lora import *
 from .streaming import *
 
@@ -539,6 +540,7 @@ def execute(
                   date=time.strftime('%Y-%m-%d'))
     write_atomic(writer.partial/'report.json', json.dumps(report, indent=1)+'\n')
     plot_report(report, writer.partial/'report.png')
+    write_card(writer.partial, report, table(report), source.folder)
     (writer.partial/'run.json').unlink(); shutil.rmtree(writer.partial/'states')
     writer.publish()
     return Run(report, writer.out, held, logits)
@@ -592,7 +594,7 @@ def compress_and_heal(
     calibration='demo', eval_data=None, eval_tokens=65536, seed=0, device='auto', resume=False, quiet=False, **kwargs, # of `compress`
 ) -> Run: # of the fusion; its report has `healing`
     "Shrink a checkpoint, then train what came out end to end."
-    from moe_fuse.heal import heal                                             # `Trainer` takes seconds to import
+    from moe_fuse.heal import heal, heal_table                                             # `Trainer` takes seconds to import
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
@@ -603,5 +605,6 @@ def compress_and_heal(
     healed = heal(fused, out, src, calibration, heal_tokens, batch_tokens=batch, **(both | dict(eval_data=eval_data or 'demo')))
     run.report['healing'] = healed.report
     write_atomic(healed.out/'report.json', json.dumps(run.report, indent=1)+'\n')
+    write_card(healed.out, run.report, f'{table(run.report)}\n\nAfter healing, end to end:\n\n{heal_table(healed.report)}', resolve_source(src))
     shutil.copy(fused/'report.png', healed.out/'report-fusion.png'); shutil.rmtree(fused)
     return run._replace(out=healed.out)

@@ -75,7 +75,7 @@ def check_files(out):
     assert not out.with_name(out.name+'.partial').exists()
     assert not (out/'states').exists()
     rest = [f.name for f in out.iterdir() if not f.name.startswith(('model-','tokenizer','special_tokens')) and f.name not in
-            ('config.json','generation_config.json','chat_template.jinja','model.safetensors.index.json','report.json','report.png')]
+            ('config.json','generation_config.json','chat_template.jinja','model.safetensors.index.json','report.json','report.png','README.md')]
     assert rest==[]
     c = json.loads((out/'config.json').read_text())
     assert 'quantization_config' not in c and 'auto_map' not in c
