@@ -594,7 +594,7 @@ def compress_and_heal(
     calibration='demo', eval_data=None, eval_tokens=65536, seed=0, device='auto', resume=False, quiet=False, **kwargs, # of `compress`
 ) -> Run: # of the fusion; its report has `healing`
     "Shrink a checkpoint, then train what came out end to end."
-    from moe_fuse.heal import heal, heal_table                                             # `Trainer` takes seconds to import
+    from moe_fuse.heal import heal, heal_table                                 # `Trainer` takes seconds to import
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
