@@ -56,7 +56,7 @@ def loading(
 
 # %% ../nbs/08_model_card.ipynb #51e0a29a
 def _plain(text): # a mixture of texts without the folders of its files
-    return re.sub(r'(?<![^,])(?:[A-Za-z]:|~|[.]{1,2})?[/\\\\][^,]*[/\\\\]', '', str(text))
+    return re.sub(r'(?<![^,])(?:[A-Za-z]:|~|[.]{1,2})?[/\\](?:[^,]*[/\\])?', '', str(text))
 
 def _made(report): # rows of the recipe
     r, cal, held = report['recipe'], report['calibration'], report['held_out']
