@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     c = command('run', 'read SRC, fuse its experts, write the smaller checkpoint to OUT')
     c.add_argument('src', metavar='SRC', help='folder, hub id, or demo'); c.add_argument('out', metavar='OUT', help='folder to make')
     c.add_argument('--keep', type=float, default=.25, help='share of the routed experts\' weights that stays, in (0, 1]')
-    c.add_argument('--method', default='slim', help='slim (narrower experts, stock architecture) or reap (fewer experts)')
+    c.add_argument('--method', default='slim', help='slim (narrower experts, stock architecture), reap (fewer experts), fused or cores (shared cores, DeepSeek only, loaded with the code that is saved beside them)')
     c.add_argument('--calibration', default='demo', metavar='TEXT', help='demo, files, hub sets; divided by commas, :N draws N documents, e.g. ultrachat:4096,mine.jsonl')
     c.add_argument('--tokens', type=int, default=262144, help='calibration tokens')
     c.add_argument('--eval', default='demo', metavar='TEXT', dest='eval_data', help='held-out text, written the same way; demo fits the demo teacher only')
@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--lr', type=float, default=2e-3, help='peak learning rate of those steps')
     c.add_argument('--drift', type=float, default=.5, help='share of the distance to the teacher\'s stream that a layer is asked to make up for')
     c.add_argument('--baselines', default='reap,mean', help='measured beside the student at the same bytes, divided by commas: reap, mean, random, frequency, mone, hc_smoe, m_smoe, merge_moe, '
-                   'ream, svd, d2_moe, seeds, fused, random_groups, static, shuffled; none for none')
+                   'ream, svd, d2_moe, seeds, fused, random_groups, static, shuffled, cores, slim; none for none')
     c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
     c.add_argument('--states', default='float32', help='what hidden states wait on disk in: float32, bfloat16 (half the disk) or float8 (a quarter)')
     c.add_argument('--seed', type=int, default=0, help='of sampling and training'); c.add_argument('--device', default='auto', help='auto, cpu or cuda')

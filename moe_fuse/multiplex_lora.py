@@ -230,19 +230,29 @@ def mixed(self:FusedMoE, x, d): # [T, H] -> [T, H]
     return to_tokens(f, d.inv[d.expert.row].view_as(s), s)
 
 @patch
-def exact(self:FusedMoE, x, d): # [T, H] -> [T, H]
-    "Every expert its own nonlinearity, cores shared."
+def exact_hidden(self:FusedMoE, x, d): # [T, H] -> [P, R] sorted by expert
+    "h_i: every expert its own nonlinearity, cores shared."
     k, p = d.ids.shape[1], d.expert
     g, u = grouped(to_cores(x, d, k), self.gate_up_proj, d.core.ends)[d.inv].chunk(2, -1)  # G_e x, U_e x
     cg, cu = self.bias[d.ids.flatten()[p.slot]].chunk(2, -1)
     lg, lu = self.lora(x[p.slot//k], 'gate_up', p.ends) if self.rank else (0, 0)
-    h = self.act_fn(g+lg+cg)*(u+lu+cu)                                                          # h_i  [P, R]
+    return self.act_fn(g+lg+cg)*(u+lu+cu)
+
+@patch
+def exact_low(self:FusedMoE, h, d): # [P, R] sorted by expert -> [T, H]
+    "The sum of w_i B^d_i A^d_i h_i."
+    z = grouped(h, self.a_down, d.expert.ends)[d.expert.row].view(*d.ids.shape, self.rank)
+    z = d.member.sum(1).to(h.dtype)[:,:,None]*z                                # w_i A^d_i h_i  [T, k, r]
+    z = z.new_zeros(len(z), len(self.groups), self.rank).scatter(1, d.ids[:,:,None].expand_as(z), z)
+    return torch.einsum('tnr,nhr->th', z, self.b_down)
+
+@patch
+def exact(self:FusedMoE, x, d): # [T, H] -> [T, H]
+    "The exact mixture."
+    h = self.exact_hidden(x, d)
     y = grouped(sum_members(h, d.member, d), self.down_proj, d.core.ends)
-    y = to_tokens(y, d.inv[p.row].view_as(d.ids), d.leads)
-    if not self.rank: return y
-    z = d.member.sum(1).to(x.dtype)[:,:,None]*grouped(h, self.a_down, p.ends)[p.row].view(*d.ids.shape, self.rank)   # w_i A^d_i h_i  [T, k, r]
-    z = z.new_zeros(len(x), len(self.groups), self.rank).scatter(1, d.ids[:,:,None].expand_as(z), z)
-    return y + torch.einsum('tnr,nhr->th', z, self.b_down)
+    y = to_tokens(y, d.inv[d.expert.row].view_as(d.ids), d.leads)
+    return y + self.exact_low(h, d) if self.rank else y
 
 # %% ../nbs/04_multiplex_lora.ipynb #faf1924e
 @patch
