@@ -29,9 +29,12 @@ from .calibration_pass import *
 from .checkpoint import *
 from .evaluation import *
 from .expert_analysis import *
+from .fused_files import *
+from .fused_student import *
 from .fusion import *
 from .headers import *
 from .healing import *
+from .model_card import *
 from .multiplex_lora import *
 from .streaming import *
 
@@ -86,7 +89,7 @@ def fresh_stats(
 ) -> LayerStats:
     "What the students need to know of the experts; moments of each expert up to 1 GB, else the layer's."
     n, h, i = moe.experts.down_proj.shape
-    if not any(BASELINES[b].rich for b in job.recipe.get('baselines', ()) if b in BASELINES): return LayerStats(n, i, job.device)
+    if not any(BASELINES[b].rich for b in (job.recipe.get('method'), *job.recipe.get('baselines', ())) if b in BASELINES): return LayerStats(n, i, job.device)
     return ExpertStats(n, i, h, job.device, 'full' if n*h*h<=2**27 else 'layer')
 
 def teacher_layer(
@@ -172,7 +175,7 @@ def spread_widths(
     return sum(map(sum, out.values()))/(len(layers)*n*i), out
 
 # %% ../nbs/08_pipeline.ipynb #39d3c4e1
-KINDS = dict(slim='slim', reap='REAP pruning', mean='weight averaging') | {k: b.title for k,b in BASELINES.items()}  # what a student can be
+KINDS = dict(slim='slim', cores='cores of chosen neurons', reap='REAP pruning', mean='weight averaging') | {k: b.title for k,b in BASELINES.items()}  # what a student can be
 
 def build(
     kind:str,         # one of `KINDS`
@@ -183,6 +186,7 @@ def build(
     x=None,           # [S, H] a sample of the teacher's inputs, for baselines that want it
 ) -> nn.Module: # a block with `keep` of the routed weights
     "A student's block before anything is fitted."
+    if kind==recipe.get('method')=='fused' or kind=='cores': return fused_student(moe, stats, fused_sizes(kind, *moe.experts.down_proj.shape, recipe['keep'], moe.experts.config.num_experts_per_tok), recipe['seed'])
     if kind in BASELINES: return BASELINES[kind].build(moe, stats, recipe['keep'], recipe['seed'], x)
     n = len(moe.experts.down_proj); n_keep = max(1, round(n*recipe['keep']))
     if kind=='slim' and 'widths' in recipe: return uneven_slim(moe, stats.usefulness, recipe['widths'][str(layer)], common_width(recipe['widths'], moe.experts.down_proj.shape[2]))
@@ -193,17 +197,18 @@ def build(
 # %% ../nbs/08_pipeline.ipynb #b02c62f7
 @torch.no_grad()
 def fit_down(
-    moe:nn.Module,   # slim block, changed in place
+    moe:nn.Module,   # slim or fused block, changed in place
     targets:Targets, # inputs and wanted outputs
     job:Job,
 ):
     "The joint ridge solve on the student's own states (03_fusion)."
-    s, d = shared_expert(moe), moe.experts.down_proj
+    s, d = shared_expert(moe), (moe if isinstance(moe, FusedMoE) else moe.experts).down_proj
     fit = JointRidge(d, s.down_proj.weight if s else d.new_zeros(d.shape[1], 0), free_memory(job.device)*3//4)
     for a,b,_ in job.batches(held=False):
         for x,y in zip(*(t.split(fit.step) for t in targets.for_student(a, b))):
-            p = route(moe, x)
-            fit.add(expert_hidden(moe.experts, x, p), p, shared_hidden(moe, x), y)
+            if isinstance(moe, FusedMoE): h, p, low = core_features(moe, x)
+            else: p, low = route(moe, x), 0; h = expert_hidden(moe.experts, x, p)
+            fit.add(h, p, shared_hidden(moe, x), y-low)
     try: d.data, shared = fit.solve()
     except torch.linalg.LinAlgError as e: raise BadInput(f'the fit has no solution on this calibration text ({str(e).splitlines()[0]})') from None
     if s: s.down_proj.weight.data = shared
@@ -280,7 +285,7 @@ def student_layer(
     moe, shared = build(kind, layer.mlp, stats, job.recipe, layer.self_attn.layer_idx, x), partial(shared_output, layer.mlp)
     found = {'built': routed_fvu(moe, shared, targets, job)}
     t = job.stage(f'{kind}: build', t)
-    if kind=='slim':
+    if kind in ('slim', 'cores') or kind==job.recipe['method']=='fused':      # as a baseline, `fused` is not fitted
         fit_down(moe, targets, job); t = job.stage(f'{kind}: fit', t)
         found['fitted'] = routed_fvu(moe, shared, targets, job)
     if job.recipe['distill_steps']:
@@ -297,27 +302,31 @@ def student_layer(
     return moe, found
 
 # %% ../nbs/08_pipeline.ipynb #d50926e2
-METHODS = 'slim', 'reap'  # those that a stock engine can load
+METHODS = 'slim', 'reap', *FUSED_METHODS  # a stock engine can load the first two
 
 def check_recipe(
     ck:Checkpoint, # the teacher
     recipe:dict,   # arguments of `compress`
 ) -> list: # kinds to make, the student first; a baseline that can't exist at this size is left out
     "Refuse what can't work, before it costs anything."
-    c = ck.config; check_shrinkable(c); n = c[experts_key(c)]
+    c, f = ck.config, check_shrinkable(ck.config); n = c[experts_key(c)]
     if recipe['method'] not in METHODS: raise BadInput(f"method {recipe['method']!r} is none of {', '.join(METHODS)}")
     for b in recipe['baselines']:
-        if b not in KINDS or b=='slim': raise BadInput(f"baseline {b!r} is none of {', '.join(k for k in KINDS if k!='slim')}")
+        if b not in KINDS or b=='slim'==recipe['method']: raise BadInput(f"baseline {b!r} is none of {', '.join(k for k in KINDS if k!=recipe['method'])}")
     if recipe['distill_steps']<0: raise BadInput(f"distill_steps is {recipe['distill_steps']}, it must not be negative")
     if not 0<=recipe['seed']<2**32: raise BadInput(f"seed is {recipe['seed']}, it must lie in 0..2**32-1")
     if recipe['dtype'] not in ('bfloat16', 'float16', 'float32'): raise BadInput(f"dtype {recipe['dtype']!r} is none of bfloat16, float16, float32")
     if recipe['states'] not in STATE_DTYPES: raise BadInput(f"states {recipe['states']!r} is none of {', '.join(STATE_DTYPES)}")
     if 'widths' in recipe and (recipe['method']!='slim' or recipe['shared_share']): raise BadInput('widths that differ need method slim and no shared_share')
-    if 'widths' not in recipe: slim_sizes(c, recipe['keep'], recipe['shared_share'])
+    if recipe['method'] in FUSED_METHODS and recipe['shared_share']: raise BadInput(f"shared_share {recipe['shared_share']} needs method slim")
+    if recipe['method'] in FUSED_METHODS: check_fused(c, recipe['method'], recipe['keep'])
+    elif 'widths' not in recipe: slim_sizes(c, recipe['keep'], recipe['shared_share'])
     kinds = [recipe['method'], *(b for b in recipe['baselines'] if b!=recipe['method'])]
     def exists(kind):
         b, n_keep = BASELINES.get(kind), max(1, round(n*recipe['keep']))
-        if b: n_keep = layout_shape(b.layout, n, c['hidden_size'], c[check_supported(c).width], recipe['keep'], c['num_experts_per_tok']).cores
+        if kind=='slim' and kind!=recipe['method']: slim_sizes(c, recipe['keep'])
+        if kind=='cores': fused_sizes(kind, n, c['hidden_size'], c[f.width], recipe['keep'], c['num_experts_per_tok'])
+        if b: n_keep = layout_shape(b.layout, n, c['hidden_size'], c[f.width], recipe['keep'], c['num_experts_per_tok']).cores
         if kind=='reap' or (b and b.pruned): pruned_groups(n_keep, c.get('n_group') or 1, c.get('topk_group') or 1, c['num_experts_per_tok'])
     for k in kinds[1:]:
         try: exists(k)
@@ -363,9 +372,10 @@ def router_dtype(
     return {'BF16':torch.bfloat16, 'F16':torch.float16, 'F32':torch.float32}.get(ck[k].dtype) if k in ck else None
 
 def block_sizes(
-    moe:nn.Module, # a stock block
+    moe:nn.Module, # a stock or fused block
 ) -> dict: # entries of config.json
     "Sizes of a student's block as config.json names them."
+    if isinstance(moe, FusedMoE): return fused_size(moe)
     c = moe.experts.config; f = FAMILIES[c.model_type]
     return {k: getattr(c, k) for k in (f.width, f.experts, f.shared, 'n_group', 'topk_group') if hasattr(c, k)}
 
@@ -442,18 +452,22 @@ def kind_sizes(
         r = round(t['router']*router)
         return dict(routed=routed, total=rest+r+routed, active=rest+r+active, bytes=(rest+routed)*item+round(router_bytes*router))
     out = dict(teacher=row(t['routed experts'], t['routed experts']*k//n))
+    h, i, l = teacher['hidden_size'], teacher['expert_width'], teacher['layers']-teacher['dense_layers']
     for kind in kinds:
-        if kind=='slim':
+        if kind=='slim' and kind!=kinds[0]: r, on, _ = slim_widths(n, i, teacher['shared_experts'], recipe['keep']); out[kind] = row(3*h*l*(n*r+on), 3*h*l*(k*r+on))
+        elif kind=='cores': z = fused_sizes(kind, n, h, i, recipe['keep'], k); each = 3*h*z['core_width']*l; out[kind] = row(z['n_cores']*each, min(k, z['n_cores'])*each)
+        elif kind=='slim':
             on = s.get('shared experts', 0) - t.get('shared experts', 0)
             out[kind] = row(s['routed experts']+on, s['routed experts']*k//n+on)
             if 'widths' in recipe:                                             # the zeros stand in the file, but need not
-                padded, routed = out[kind]['bytes'], 3*teacher['hidden_size']*sum(map(sum, recipe['widths'].values()))
+                padded, routed = out[kind]['bytes'], 3*h*sum(map(sum, recipe['widths'].values()))
                 out[kind] = row(routed, routed*k//n) | dict(padded_bytes=padded)
         elif b := BASELINES.get(kind):
-            z, l = layout_shape(b.layout, n, teacher['hidden_size'], teacher['expert_width'], recipe['keep'], k), teacher['layers']-teacher['dense_layers']
+            z = layout_shape(b.layout, n, h, i, recipe['keep'], k)
             out[kind] = row(z.routed*l, z.active*l, z.cores/n if b.pruned else 1.)
         elif kind=='reap': out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*k//n, n_keep/n)
         else: out[kind] = row(t['routed experts']*n_keep//n, t['routed experts']*min(k, n_keep)//n)
+    if kinds[0] in FUSED_METHODS: out[kinds[0]]['bytes'] += 8*n*l                # which core each expert has, as int64
     return out
 
 # %% ../nbs/08_pipeline.ipynb #c760c697
@@ -480,7 +494,7 @@ def plot_report(
     "Two panels: held-out FVU layer by layer, and loss against size."
     from matplotlib.figure import Figure
     fig = Figure(figsize=(10,3.6), layout='constrained'); left, right = fig.subplots(1, 2)
-    colors = dict(zip(BASELINES, ['#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#117733', '#AA4499']*2)) | dict(teacher='black', slim='#0072B2', reap='#D55E00', mean='#999999')
+    colors = dict(zip(BASELINES, ['#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#117733', '#AA4499']*2)) | dict(teacher='black', slim='#0072B2', cores='#332288', reap='#D55E00', mean='#999999')
     for k,layers in report['fvu'].items():
         x, last = [int(i) for i in layers], [list(f.values())[-1] for f in layers.values()]
         left.plot(x, last, 'o-', color=colors[k], ms=4, label=KINDS[k])
@@ -516,7 +530,8 @@ def execute(
         with torch.no_grad(): results = {k: compare(held, logits['teacher'], logits[k]) for k in kinds}
         job.stage('evaluation', t)
     for s in streams.values(): s.close()
-    before, after = inspect(source), inspect(writer.close(student_config(source.config, run['block'], recipe['dtype']), source.folder))
+    before, after = inspect(source), inspect(writer.close((fused_student_config if kinds[0] in FUSED_METHODS else student_config)(source.config, run['block'], recipe['dtype']), source.folder))
+    if kinds[0] in FUSED_METHODS: write_atomic(writer.partial/MODELLING, modelling_source())
     report = dict(source=dict(name=name, **before), student=after, recipe=recipe, kinds=kinds, sizes=kind_sizes(before, after, recipe, kinds),
                   calibration=dict(tokens=cal.count(), sha256=cal.sha256, **cal.report),
                   held_out=dict(tokens=held.count(), sha256=held.sha256, **held.report, also_in_calibration=held.shared(cal)),
@@ -525,6 +540,7 @@ def execute(
                   date=time.strftime('%Y-%m-%d'))
     write_atomic(writer.partial/'report.json', json.dumps(report, indent=1)+'\n')
     plot_report(report, writer.partial/'report.png')
+    write_card(writer.partial, report, table(report), source.folder)
     (writer.partial/'run.json').unlink(); shutil.rmtree(writer.partial/'states')
     writer.publish()
     return Run(report, writer.out, held, logits)
@@ -578,15 +594,17 @@ def compress_and_heal(
     calibration='demo', eval_data=None, eval_tokens=65536, seed=0, device='auto', resume=False, quiet=False, **kwargs, # of `compress`
 ) -> Run: # of the fusion; its report has `healing`
     "Shrink a checkpoint, then train what came out end to end."
-    from moe_fuse.heal import heal                                             # `Trainer` takes seconds to import
+    from moe_fuse.heal import heal, heal_table                                 # `Trainer` takes seconds to import
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
+    if kwargs.get('method') in FUSED_METHODS: raise BadInput(f"method {kwargs['method']!r}: fused students are not healed end to end yet")
     if heal_tokens<2*MIN_TOKENS: raise BadInput(f'{heal_tokens} tokens are too few to heal with, at least {2*MIN_TOKENS} are needed')
     if resume and (fused/'report.json').exists(): run = Run(read_json(fused/'report.json'), fused, None, {})
     else: run = compress(src, fused, calibration=calibration, **both, **kwargs)
     healed = heal(fused, out, src, calibration, heal_tokens, batch_tokens=batch, **(both | dict(eval_data=eval_data or 'demo')))
     run.report['healing'] = healed.report
     write_atomic(healed.out/'report.json', json.dumps(run.report, indent=1)+'\n')
+    write_card(healed.out, run.report, f'{table(run.report)}\n\nAfter healing, end to end:\n\n{heal_table(healed.report)}', resolve_source(src))
     shutil.copy(fused/'report.png', healed.out/'report-fusion.png'); shutil.rmtree(fused)
     return run._replace(out=healed.out)
