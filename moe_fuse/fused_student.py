@@ -15,6 +15,7 @@ from .fused_model import *
 from .fusion import *
 from .headers import *
 from .multiplex_lora import *
+from .neuron_choice import *
 
 # %% ../nbs/05_fused_student.ipynb #615b84ff
 FUSED_METHODS = dict(fused='exact', cores='cores')  # method -> mode, one of `MODES`
@@ -51,7 +52,7 @@ def fused_student(
 ) -> FusedMoE:
     "A student's block before anything is fitted to outputs."
     groups = group_by_coactivation(stats.coactivation, size['n_cores'], seed)
-    if size['fused_mode']=='cores': return fuse_moe(moe, groups, stats.counts, mode='cores', cores=neuron_cores(moe.experts, groups, stats.usefulness, size['core_width']))
+    if size['fused_mode']=='cores': return fuse_moe(moe, groups, stats.counts, mode='cores', cores=core_neurons(moe.experts, groups, stats.usefulness, size['core_width']))
     return fuse_moe(moe, groups, stats.counts, size['fused_rank'], 'exact', stats.moment(0, shrink=1.).float().to(moe.gate.weight.device))
 
 def fused_size(
