@@ -77,3 +77,37 @@ def test_gates_are_mergekits_in_bfloat16_too(mergekit, models, mode):
     experts = [dict(positive_prompts=p) | (dict(negative_prompts=n) if n else {}) for p,n in zip(POSITIVE, NEGATIVE)]
     got, _ = gate_vectors(ck, dense_config(ck, ''), [Source(folder, **e) for e in experts], mode, dtype=torch.bfloat16)
     assert torch.equal(mergekit(folder, experts, mode, torch.bfloat16), got)
+
+def test_rows_do_what_prompts_ask(models):
+    "Negative prompts equal to the positive ones leave nothing, and say so"
+    r = recipe_of(models['llama']); r['experts'][0]['negative_prompts'] = r['experts'][0]['positive_prompts']
+    ck = Checkpoint(models['llama'][0])
+    gates, _ = gate_vectors(ck, dense_config(ck, ''), read_recipe(r).experts)
+    assert (gates[:,0]==0).all() and torch.allclose(gates[:,1:].norm(dim=-1), torch.ones(3, 2))
+    assert 'near-singular gates in all layers: condition numbers up to inf' in gate_warnings(gates)[0]
+
+MERGEKIT = dict(mixtral=('mixtral', 'MixtralMoE', 'llama', 0), qwen2_moe=('qwen', 'QwenMoE', 'qwen2', 1), qwen3_moe=('qwen3', 'Qwen3MoE', 'qwen3', 0), deepseek=('deepseek', 'DeepseekMoE', 'llama', 1))
+
+@pytest.mark.parametrize('target', MERGEKIT)
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_files_are_mergekits(models, tmp_path, target, dtype):
+    "The same numbers, given the same gates. mergekit writes the experts of some architectures as one tensor; and it knows no shared expert from a fourth model"
+    pytest.importorskip('mergekit.moe', reason='mergekit is not installed; make set-up installs it')
+    from importlib import import_module
+    from mergekit.moe.config import MoEMergeConfig
+    from mergekit.options import MergeOptions
+    module, cls, kind, shared = MERGEKIT[target]
+    r = recipe_of(models[kind], shared=shared, prompts=target=='qwen2_moe', architecture=target, dtype=dtype)
+    r['experts'][1]['residual_scale'] = .7
+    ours = upcycle(r, tmp_path/'ours').out
+    p = plan_upcycling(read_recipe(r)); ck = Checkpoint(models[kind][0])
+    gates, _ = gate_vectors(ck, p.base, p.recipe.experts + (p.recipe.shared_experts if target=='qwen2_moe' else []))
+    getattr(import_module(f'mergekit.moe.{module}'), cls)().write_model(str(tmp_path/'theirs'), MoEMergeConfig.model_validate(r), MergeOptions(), [g[:3] for g in gates], [g[3:] for g in gates])
+    if target=='deepseek': assert_same(tensors_of(ours), tensors_of(tmp_path/'theirs'))
+    else: assert_same(*(stock(f, getattr(torch, dtype)).state_dict() for f in (ours, tmp_path/'theirs')))
+    a, b = (json.loads((f/'config.json').read_text()) for f in (ours, tmp_path/'theirs'))
+    assert {k: (a[k], b[k]) for k in a.keys()&b.keys() if a[k]!=b[k]}.keys() <= {'norm_topk_prob', 'use_cache', 'rope_scaling', 'rope_theta', 'sliding_window', 'num_experts', 'num_local_experts', 'torch_dtype', 'dtype', 'layer_types'}
+
+def assert_same(a, b):
+    assert a.keys()==b.keys()
+    assert [k for k in a if a[k].dtype!=b[k].dtype or not torch.equal(a[k], b[k])]==[]
