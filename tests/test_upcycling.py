@@ -50,7 +50,7 @@ def mergekit():
     from mergekit.common import ModelReference
     from mergekit.moe.config import Expert
     def gates(folder, experts, mode, dtype=torch.float32):
-        tok = AutoTokenizer.from_pretrained(folder); tok.padding_side, tok.pad_token_id = 'left', tok.bos_token_id
+        tok = AutoTokenizer.from_pretrained(folder); tok.padding_side, tok.pad_token = 'left', tok.bos_token or tok.eos_token
         class Loader:
             def from_pretrained(path, revision, torch_dtype, device_map, low_cpu_mem_usage, trust_remote_code): return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
         kept, router.AutoModelForCausalLM = router.AutoModelForCausalLM, Loader
@@ -77,6 +77,15 @@ def test_gates_are_mergekits_in_bfloat16_too(mergekit, models, mode):
     experts = [dict(positive_prompts=p) | (dict(negative_prompts=n) if n else {}) for p,n in zip(POSITIVE, NEGATIVE)]
     got, _ = gate_vectors(ck, dense_config(ck, ''), [Source(folder, **e) for e in experts], mode, dtype=torch.bfloat16)
     assert torch.equal(mergekit(folder, experts, mode, torch.bfloat16), got)
+
+@pytest.mark.parametrize('case', ['deepseek_v2', 'deepseek_v3', 'window', 'no start token'])
+def test_gates_with_other_attention_and_tokenizers(mergekit, models, tmp_path, case):
+    folder = models[case][0] if case in models else str(dense(tmp_path/'m', 'mistral' if case=='window' else 'qwen2', **(dict(sliding_window=4) if case=='window' else {})))
+    if case=='no start token':
+        t = read_json(f'{folder}/tokenizer_config.json'); del t['bos_token']; (tmp_path/'m'/'tokenizer_config.json').write_text(json.dumps(t))
+        assert AutoTokenizer.from_pretrained(folder).bos_token is None
+    ck, experts = Checkpoint(folder), [dict(positive_prompts=p) | (dict(negative_prompts=n) if n else {}) for p,n in zip(POSITIVE, NEGATIVE)]
+    for mode in 'hidden', 'hidden_avg': assert torch.equal(mergekit(folder, experts, mode), gate_vectors(ck, dense_config(ck, ''), [Source(folder, **e) for e in experts], mode)[0])
 
 def test_rows_do_what_prompts_ask(models):
     "Negative prompts equal to the positive ones leave nothing, and say so"
@@ -236,7 +245,7 @@ def test_bad_recipes(models, tmp_path, monkeypatch):
     def one(**kw): return ok | dict(experts=[ok['experts'][0], ok['experts'][1] | kw])
     for config,message in [
         (ok | dict(gate='hidden'), "gate (value 'hidden') is not a known key; allowed: base_model, experts, shared_experts"), (one(prompts=[]), 'experts[1].prompts (value []) is not a known key'),
-        (ok | dict(gate_mode='last'), "gate_mode is 'last'; it must be one of hidden, hidden_avg"), (ok | dict(dtype='int4'), "dtype is 'int4'; it must be one of float32"),
+        (ok | dict(gate_mode='last'), "gate_mode is 'last'; it must be one of hidden, hidden_avg"), (ok | dict(dtype='int4'), "dtype is 'int4'; it must be one of float32"), (ok | dict(dtype=['float32']), "dtype is ['float32']"), (ok | dict(gate_mode=['hidden']), "gate_mode is ['hidden']"),
         (ok | dict(experts_per_token=0), 'experts_per_token is 0'), (ok | dict(experts_per_token=3), 'experts_per_token is 3; it must be at most the number of experts, 2'), (ok | dict(experts_per_token=True), 'experts_per_token is True'),
         (ok | dict(experts=[]), 'experts is []'), (dict(base_model=a), 'experts is missing'), (dict(experts=ok['experts']), 'base_model is missing'), (ok | dict(base_model=dict(path=a)), 'base_model is {'),
         (one(noise_scale=-1), 'experts[1].noise_scale is -1'), (one(noise_scale='1e-3'), "experts[1].noise_scale is '1e-3'; it must be a number"), (one(residual_scale=float('nan')), 'experts[1].residual_scale is nan'),
