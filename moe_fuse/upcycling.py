@@ -45,7 +45,7 @@ class Recipe(NamedTuple):
     dtype: str = None          # of the weights on disk; None takes the base's
     architecture: str = None   # None takes the first that fits
 
-# %% ../nbs/11_upcycling.ipynb #1aba00ba
+# %% ../nbs/11_upcycling.ipynb #eeed9b3c
 def _name(v): return isinstance(v, str) and v!=''
 def _texts(v): return isinstance(v, list) and all(isinstance(t, str) for t in v)
 def _number(v): return type(v) in (int, float) and math.isfinite(v)
@@ -55,7 +55,7 @@ SOURCE_KEYS = dict(source_model=(_name, 'a folder or a hub id'), positive_prompt
                    noise_scale=(lambda v: _number(v) and v>=0, 'a number, 0 or more'), residual_scale=(_number, 'a number'))
 RECIPE_KEYS = dict(base_model=(_name, 'a folder or a hub id'), experts=(lambda v: _list(v) and v!=[], 'a list with at least one expert'), shared_experts=(_list, 'a list'),
                    gate_mode=(lambda v: v in GATE_MODES, f"one of {', '.join(GATE_MODES)}"), experts_per_token=(lambda v: type(v) is int and v>=1, 'a whole number, 1 or more'),
-                   dtype=(lambda v: v in FLOATS, f"one of {', '.join(FLOATS)}"), architecture=(_name, 'a name'))
+                   dtype=(lambda v: v in tuple(FLOATS), f"one of {', '.join(FLOATS)}"), architecture=(_name, 'a name'))
 
 def _checked(d, keys, needed, where):
     "The values of a part of the recipe that are not null"
