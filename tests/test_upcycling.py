@@ -1,5 +1,5 @@
 "Mixtures of dense models: the routers are mergekit's to the last bit, `transformers` and llama.cpp load what is written, and nothing is left of what fails."
-import json, logging, os, shutil
+import json, re, logging, os, shutil
 import pytest, torch, yaml
 from torch import nn
 from torch.nn import functional as F
@@ -93,7 +93,8 @@ def test_rows_do_what_prompts_ask(models):
     ck = Checkpoint(models['llama'][0])
     gates, _ = gate_vectors(ck, dense_config(ck, ''), read_recipe(r).experts)
     assert (gates[:,0]==0).all() and torch.allclose(gates[:,1:].norm(dim=-1), torch.ones(3, 2))
-    assert 'near-singular gates in all layers: condition numbers up to inf' in gate_warnings(gates)[0]
+    said = re.search(r'near-singular gates in all layers: condition numbers up to (\S+),', gate_warnings(gates)[0])
+    assert float(said[1])>1e6                                                   # infinite but for rounding
 
 MERGEKIT = dict(mixtral=('mixtral', 'MixtralMoE', 'llama', 0), qwen2_moe=('qwen', 'QwenMoE', 'qwen2', 1), qwen3_moe=('qwen3', 'Qwen3MoE', 'qwen3', 0), deepseek=('deepseek', 'DeepseekMoE', 'llama', 1))
 
