@@ -353,7 +353,7 @@ def gate_warnings(
     which = 'all layers' if len(bad)==len(cond) else f"layer{'s' if len(bad)>1 else ''} {', '.join(map(str, bad))}"
     return [f'near-singular gates in {which}: condition numbers up to {max(cond):.3g}, more than {most:g}; the prompts are too similar, and some experts will get few tokens']
 
-# %% ../nbs/11_upcycling.ipynb #9b7360fc
+# %% ../nbs/11_upcycling.ipynb #7e91b170
 DENSE = 'gate_proj', 'up_proj', 'down_proj'
 
 def expert_matrices(
@@ -366,9 +366,9 @@ def expert_matrices(
     "One expert of one layer."
     out = []
     for k in DENSE:
-        w = ck.weight(f'{prefix}.{k}.weight')
+        w = ck.weight(f'{prefix}.{k}.weight', torch.float32 if x.noise_scale or k=='down_proj' and x.residual_scale!=1 else dtype)
         if x.noise_scale: w += torch.randn(w.shape, generator=generator)*x.noise_scale
-        if k=='down_proj': w *= x.residual_scale
+        if k=='down_proj' and x.residual_scale!=1: w *= x.residual_scale
         out.append(w.to(dtype))
     return out
 
@@ -397,7 +397,7 @@ def moe_layer(
     for ck in cks.values(): ck.release()
     return {k: v.contiguous() for k,v in out.items()}
 
-# %% ../nbs/11_upcycling.ipynb #3424242a
+# %% ../nbs/11_upcycling.ipynb #a1fa2e26
 def vocabulary(
     folder, # of a checkpoint
 ): # token -> id, or None if there is no tokenizer.json
@@ -414,7 +414,7 @@ class Upcycled(NamedTuple):
     dtype: str
     bytes: int
     warnings: list
-    def __repr__(self): return '\\n'.join([f'{self.out}: {self.architecture}, {self.experts} experts, {self.shared_experts} shared, {self.dtype}, {self.bytes/1e6:,.1f} MB'] + [f'warning: {w}' for w in self.warnings])
+    def __repr__(self): return '\n'.join([f'{self.out}: {self.architecture}, {self.experts} experts, {self.shared_experts} shared, {self.dtype}, {self.bytes/1e6:,.1f} MB'] + [f'warning: {w}' for w in self.warnings])
 
 # %% ../nbs/11_upcycling.ipynb #e25b4790
 def upcycle(

@@ -225,7 +225,8 @@ def test_warnings_name_what_is_meant(models, tmp_path):
     t['model']['merges'] = [m for m in t['model']['merges'] if words[-1] not in (''.join(m), *m)]
     (tmp_path/'other'/'tokenizer.json').write_text(json.dumps(t))
     x = [dict(source_model=s, positive_prompts=p) for s,p in ((a, ['import os', '']), (b, ['import os']), (a, ['a']), (wide, ['b']), (other, ['import os']))]
-    said = upcycle(dict(base_model=a, gate_mode='cheap_embed', experts=x), tmp_path/'m').warnings
+    done = upcycle(dict(base_model=a, gate_mode='cheap_embed', experts=x), tmp_path/'m'); said = done.warnings
+    assert repr(done).splitlines()[1:]==[f'warning: {w}' for w in said]
     assert len(said)==5
     for s,want in zip(said, (f'experts[3].source_model {wide}: vocab_size is 2050', f'experts 0, 2 are the same model, {a}', f'experts[4].source_model {other}: its tokenizer has other words', "experts[0].positive_prompts[1] is '', which gives no token", 'near-singular gates in all layers')): assert s.startswith(want)
     assert upcycle(dict(base_model=a, gate_mode='random', experts=[dict(source_model=a)]*2), tmp_path/'r').warnings==[]
