@@ -14,6 +14,7 @@ __all__ = ['GROUPS', 'ADAPTED', 'COLUMNS', 'healing_tokens', 'carries_loss', 'pa
 import hashlib, json, math, os, shutil, sys, time
 from bisect import bisect_left, insort
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np, torch, transformers
@@ -535,8 +536,7 @@ def healing_args(
     every = max(1, steps//200)
     at = lambda n: max(every, (n or math.ceil(steps/10))//every*every)
     word = 'activation' if 'activation_checkpointing' in TrainingArguments.__dataclass_fields__ else 'gradient'   # its name since a later transformers 5
-    try: import tensorboard; logs = ['tensorboard']
-    except ImportError: logs = []
+    logs = ['tensorboard'] if find_spec('tensorboard') else []
     args = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=micro, per_device_eval_batch_size=micro, gradient_accumulation_steps=rows//world//micro,
         learning_rate=recipe['lr'], weight_decay=0., adam_beta2=.95, max_grad_norm=1., bf16=device=='cuda', use_cpu=device=='cpu', seed=recipe['seed'], data_seed=recipe['seed'],
         logging_steps=every, save_steps=at(recipe['save_every']), save_total_limit=2, eval_strategy='steps' if evaluates else 'no', eval_steps=at(recipe['eval_every']),

@@ -266,12 +266,12 @@ def test_an_expert_that_never_fires_breaks_nothing(small, method, tmp_path):
     for k,r in run.report['evaluation'].items():
         assert all(v==v and 0<=v<100 for n,v in r['mean'].items() if n!='tokens'), (k, r)
     for layers in run.report['fvu'].values():
-        for f in layers.values(): assert all(0<=v<2 for v in f.values()), f
+        for f in layers.values(): assert all(0<=v<float('inf') for v in f.values()) and list(f.values())[-1]<2, f   # cores of other experts' neurons may be far off until they are fitted
     model, ids = stock(tmp_path/'s'), run.held.ids[-run.held.lengths[-1]:]
     with torch.no_grad(): got = model(ids[None]).logits[0]
     n = len(run.held)
     close(got, run.logits[method](n-len(ids), n), 1e-4)
-    if method=='slim':
+    if method!='reap':                                                         # the router stays
         for i in 1, 2: assert (model.model.layers[i].mlp.gate.e_score_correction_bias[dead]==-1e9).all()
     else:
         kept = tensors_of(tmp_path/'s')
