@@ -21,7 +21,6 @@ from moe_fuse.expert_analysis import *
 from moe_fuse.fusion import *
 from moe_fuse.grouping import *
 from moe_fuse.headers import *
-from moe_fuse.merging import route_cores
 from moe_fuse.multiplex_lora import *
 from moe_fuse.neuron_choice import *
 from moe_fuse.pipeline import *
@@ -124,19 +123,6 @@ def slim_block_of(l, weights):
 # one student, one layer
 
 @torch.no_grad()
-def fit_cores(moe, targets, job):
-    "`fit_down` for cores"
-    s = shared_expert(moe)
-    fit = JointRidge(moe.down_proj, s.down_proj.weight, free_memory(job.device)//2)
-    for a,b,_ in job.batches(held=False):
-        for x,y in zip(*(t.split(fit.step) for t in targets.for_student(a, b))):
-            _, w, ids = moe.gate(x)
-            q = route_cores(sort_pairs(ids, w, len(moe.groups)), moe.groups, len(x))
-            g, u = grouped_linear(x[q.token], moe.gate_up_proj, q.counts).chunk(2, -1)
-            fit.add(moe.act_fn(g)*u, q, shared_hidden(moe, x), y)
-    moe.down_proj.data, s.down_proj.weight.data = fit.solve()
-
-@torch.no_grad()
 def student(variant, i, layer, stats, targets, job, grads):
     s, r = targets.student, job.recipe
     for a,b,lengths in job.batches():
@@ -144,14 +130,14 @@ def student(variant, i, layer, stats, targets, job, grads):
         s.new.write(a, h if stats else h+layer.mlp(layer.post_attention_layernorm(h)))
     if stats is None: return {}
     moe = VARIANTS[variant](Layer(i, layer.mlp, stats, targets, job, grads), r['keep'])
-    shared, fit = (lambda x: shared_output(layer.mlp, x)), fit_cores if isinstance(moe, FusedMoE) else fit_down
+    shared = lambda x: shared_output(layer.mlp, x)
     found = {'built': routed_fvu(moe, shared, targets, job)}
-    fit(moe, targets, job); found['fitted'] = routed_fvu(moe, shared, targets, job)
+    fit_down(moe, targets, job); found['fitted'] = routed_fvu(moe, shared, targets, job)
     if r['steps']:
         for n in range(max(1, r['rounds'])):
             distill_block(moe, targets, job._replace(recipe=r | dict(seed=r['seed']+1000*n)), r['steps']//max(1, r['rounds']))
             if n==r['rounds']-1 or not r['rounds']: found['distilled'] = routed_fvu(moe, shared, targets, job)
-            if r['rounds']: fit(moe, targets, job)
+            if r['rounds']: fit_down(moe, targets, job)
         if r['rounds']: found['refitted'] = routed_fvu(moe, shared, targets, job)
     round_weights(moe, job.dtype)
     for a,b,_ in job.batches():

@@ -242,18 +242,10 @@ def _moment(stats): return stats.moment(0, shrink=1.).float()                  #
 
 def seed_recipe(moe, stats, keep, seed=0, x=None):
     "Multi-SLERP with member 0 as base, and a mixture of LoRA."
-    s, w, i = _shape(moe, keep, 'multiplex_mixture'), moe.experts, moe.experts.down_proj.shape[2]
+    s, w = _shape(moe, keep, 'multiplex_mixture'), moe.experts
     groups = group_by_coactivation(stats.coactivation, s.cores, seed)
-    gate_up, down = merge_experts(w.gate_up_proj, w.down_proj, groups, 'multislerp', align=False, base=0)
-    m, parts = _moment(stats).to(gate_up.device), []
-    for e,g in enumerate(groups.tolist()):
-        du, dd = w.gate_up_proj[e].float()-gate_up[g], w.down_proj[e].float()-down[g]
-        (ag, bg), (au, bu), (ad, bd) = (svd_lora(d[None], s.rank, mm) for d,mm in ((du[:i], m), (du[i:], m), (dd, None)))
-        parts.append((torch.cat([ag, au], 1), bg, bu, ad, bd))
-    block = FusedMoE(moe, groups, gate_up, down, s.rank, 'multiplex_mixture')
-    new = {k: torch.cat(t).to(down.dtype) for k,t in zip(('a_gate_up', 'b_gate', 'b_up', 'a_down', 'b_down'), zip(*parts))}
-    block.load_state_dict(block.state_dict()|new)
-    return block.requires_grad_(False)
+    cores = merge_experts(w.gate_up_proj, w.down_proj, groups, 'multislerp', align=False, base=0)
+    return fuse_moe(moe, groups, stats.counts, s.rank, 'multiplex_mixture', _moment(stats).to(cores[0].device), cores=cores)
 
 def fused(moe, stats, keep, seed=0, x=None, groups=None):
     "Cores of experts that fire together, with exact per-expert corrections."

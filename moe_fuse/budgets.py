@@ -19,6 +19,7 @@ from .awq_loading import *
 from .calibration import *
 from .evaluation import *
 from .expert_analysis import *
+from .fused_student import *
 from .headers import *
 from .multiplex_lora import *
 from .neuron_choice import *
@@ -62,7 +63,7 @@ def try_plans(
             cut = plan.get(i)
             if cut is not None and k not in few: few[k] = States(*teacher.shape); few[k].data.copy_(teacher.data)   # the teacher's until here
             if k not in few: continue
-            if repr(cut) not in blocks: blocks[repr(cut)] = fit_block(cut_block(layer.mlp, stats.usefulness, cut), x, y)
+            if repr(cut) not in blocks: blocks[repr(cut)] = fit_outputs(cut_block(layer.mlp, stats.usefulness, cut), [(x, y)])
             move(layer, blocks[repr(cut)], few[k])
         move(layer, layer.mlp, teacher)
         h = teacher.read(0, len(held))
@@ -171,7 +172,7 @@ def stock_cuts(
     "What a stock layer of this size can look like."
     out = {}
     for s in shares:
-        try: r, on, _ = slim_widths(config['n_routed_experts'], config['moe_intermediate_size'], config.get('n_shared_experts') or 0, keep, s)
+        try: r, on, _ = slim_sizes(config, keep, s)
         except BadInput: continue
         if (r, on) not in out.values(): out[s] = (r, on)
     return out

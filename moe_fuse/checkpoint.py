@@ -91,6 +91,17 @@ class CheckpointWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
         for p in self.made:
             with contextlib.suppress(OSError): p.rmdir()
+    def interrupted(self,
+        recipe:dict, # what is asked for now
+        resume,      # whether to go on with it
+    ) -> dict: # its run.json, or None
+        "The run that was stopped in the partial folder; one of other settings is refused."
+        file = self.partial/'run.json'
+        if not file.exists(): return None
+        if not resume: raise BadInput(f'{self.partial}: holds an interrupted run; --resume goes on with it, or delete the folder')
+        run = read_json(file)
+        if run['recipe']!=recipe: raise BadInput(f'{self.partial}: was started with other settings: ' + ', '.join(k for k in recipe if run['recipe'].get(k)!=recipe[k]))
+        return run
     def shard(self, i): return self.partial/f'model-{i+1:05}-of-{self.n_shards:05}.safetensors'
     def write(self,
         i:int,        # shard, from 0

@@ -6,7 +6,7 @@
 __all__ = ['ITEM_BYTES', 'FAMILIES', 'SUPPORTED', 'FUSED_FAMILIES', 'FUSED_WEIGHT', 'PARTS', 'BadInput', 'read_json', 'Entry',
            'read_header', 'Checkpoint', 'resolve_source', 'open_headers', 'Family', 'experts_key', 'stock_type',
            'check_supported', 'check_shrinkable', 'disk_name', 'part_of', 'inspect', 'slim_widths', 'slim_sizes',
-           'pruned_groups', 'LayerBytes', 'place_experts']
+           'pruned_groups', 'LayerBytes', 'place_experts', 'aligned']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
@@ -284,3 +284,12 @@ def place_experts(
     if b.rest+b.packed+2*b.expert <= budget: return 'packed'
     if b.rest+2*b.expert <= budget: return 'disk'
     raise BadInput(f'a budget of {budget:,} bytes is too small: one expert at a time, this layer needs {b.rest+2*b.expert:,}')
+
+# %% ../nbs/00_headers.ipynb #a119ed02
+def aligned(
+    head:list, rows:list, # of texts
+) -> str: # aligned text that is a markdown table too
+    "A table with numbers to the right."
+    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    line = lambda r: '| ' + ' | '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(r, width))) + ' |'
+    return '\n'.join([line(head), '|' + '|'.join(['-'*(width[0]+2), *('-'*(w+1)+':' for w in width[1:])]) + '|', *map(line, rows)])

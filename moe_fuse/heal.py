@@ -550,14 +550,9 @@ def open_healing(
     writer:CheckpointWriter, recipe:dict, resume,
 ) -> dict: # what is known so far
     "Start in OUT.partial, or take up what is there."
-    file = writer.partial/'run.json'
-    if file.exists():
-        run = read_json(file)
-        if not resume: raise BadInput(f'{writer.partial}: holds an interrupted run; --resume goes on with it, or delete the folder')
-        if run['recipe']!=recipe: raise BadInput(f'{writer.partial}: was started with other settings: ' + ', '.join(k for k in recipe if run['recipe'].get(k)!=recipe[k]))
-        return run
+    if run := writer.interrupted(recipe, resume): return run
     (writer.partial/'states').mkdir(parents=True, exist_ok=True)
-    write_atomic(file, json.dumps(dict(recipe=recipe)))
+    write_atomic(writer.partial/'run.json', json.dumps(dict(recipe=recipe)))
     return dict(recipe=recipe)
 
 def write_healed(
@@ -585,11 +580,9 @@ def heal_table(
 ) -> str: # aligned text that is a markdown table too
     "Held-out losses before and after."
     b, a = report['before'], report['after']; domains = list(b)
-    rows = [['', *(f'loss {d}' for d in domains), 'KL', 'agreement'], ['teacher', *(f"{b[d]['loss_teacher']:.3f}" for d in domains), '0', '100%'],
+    rows = [['teacher', *(f"{b[d]['loss_teacher']:.3f}" for d in domains), '0', '100%'],
             *([n, *(f"{e[d]['loss_student']:.3f}" for d in domains), f"{e['mean']['kl']:.3f}", f"{e['mean']['agreement']:.1%}"] for n,e in (('student', b), ('healed', a)))]
-    width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    line = lambda r: '| ' + ' | '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(r, width))) + ' |'
-    return '\n'.join([line(rows[0]), '|' + '|'.join(['-'*(width[0]+2), *('-'*(w+1)+':' for w in width[1:])]) + '|', *map(line, rows[1:])])
+    return aligned(['', *(f'loss {d}' for d in domains), 'KL', 'agreement'], rows)
 
 def plot_healing(
     report:dict, path, # PNG to write

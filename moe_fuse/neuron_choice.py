@@ -159,9 +159,10 @@ def choose_uneven(
 def take_padded(
     experts:nn.Module, # `gate_up_proj` [N, 2I, H], `down_proj` [N, H, I]
     idx,               # N tensors of neurons
-): # (gate_up [N, 2r, H], down [N, H, r]), r the greatest width
+    width=None,        # r of all; None takes the greatest
+): # (gate_up [N, 2r, H], down [N, H, r])
     "Cut experts to unequal widths, padded with neurons of zeros, which neither a fit nor a gradient moves."
-    (n, h, i), r = experts.down_proj.shape, max(1, *map(len, idx))
+    (n, h, i), r = experts.down_proj.shape, width or max(1, *map(len, idx))
     gate_up, down = experts.gate_up_proj[0].new_zeros(n, 2, r, h), experts.down_proj[0].new_zeros(n, h, r)
     for e,j in enumerate(idx):
         gate_up[e,:,:len(j)] = experts.gate_up_proj[e].view(2, i, h)[:,j]; down[e,:,:len(j)] = experts.down_proj[e][:,j]

@@ -36,6 +36,7 @@ from .headers import *
 from .healing import *
 from .model_card import *
 from .multiplex_lora import *
+from .neuron_choice import *
 from .streaming import *
 
 # %% ../nbs/08_pipeline.ipynb #da98d697
@@ -149,12 +150,9 @@ def uneven_slim(
     r:int,                   # width of all, with padding
 ) -> nn.Module: # a stock block
     "Cut experts to widths of their own, padded with zeros to a common one; nothing is fitted yet."
-    s, f, widths = shared_expert(moe), FAMILIES[moe.experts.config.model_type], torch.as_tensor(widths).expand(len(usefulness))
-    gate_up, down = take_neurons(moe.experts, usefulness.argsort(dim=1, descending=True, stable=True)[:,:r])
-    gone = (torch.arange(r)>=widths[:,None]).to(down.device)                   # [N, r]
-    gate_up[torch.cat([gone, gone], 1)] = 0; down.mT[gone] = 0
-    state, size = dict(experts__gate_up_proj=gate_up, experts__down_proj=down), {f.width: r}
-    state |= {k: v.clone() if not k.startswith('gate.') else v for k,v in moe.state_dict().items() if not k.startswith('experts.')}
+    s, f, widths = shared_expert(moe), FAMILIES[moe.experts.config.model_type], torch.as_tensor(widths).expand(len(usefulness)).tolist()
+    gate_up, down = take_padded(moe.experts, choose_uneven(usefulness, widths), r)
+    state, size = beside_experts(moe) | dict(experts__gate_up_proj=gate_up, experts__down_proj=down), {f.width: r}
     if s is not None and f.shared=='n_shared_experts':                         # its width is counted in experts' widths
         old = s.gate_proj.out_features; size[f.shared] = -(-old//r); more = size[f.shared]*r-old
         for k,p in dict(gate_proj=(0,0,0,more), up_proj=(0,0,0,more), down_proj=(0,more)).items(): state[f'shared_experts.{k}.weight'] = nn.functional.pad(state[f'shared_experts.{k}.weight'], p)
@@ -202,16 +200,7 @@ def fit_down(
     job:Job,
 ):
     "The joint ridge solve on the student's own states (03_fusion)."
-    s, d = shared_expert(moe), (moe if isinstance(moe, FusedMoE) else moe.experts).down_proj
-    fit = JointRidge(d, s.down_proj.weight if s else d.new_zeros(d.shape[1], 0), free_memory(job.device)*3//4)
-    for a,b,_ in job.batches(held=False):
-        for x,y in zip(*(t.split(fit.step) for t in targets.for_student(a, b))):
-            if isinstance(moe, FusedMoE): h, p, low = core_features(moe, x)
-            else: p, low = route(moe, x), 0; h = expert_hidden(moe.experts, x, p)
-            fit.add(h, p, shared_hidden(moe, x), y-low)
-    try: d.data, shared = fit.solve()
-    except torch.linalg.LinAlgError as e: raise BadInput(f'the fit has no solution on this calibration text ({str(e).splitlines()[0]})') from None
-    if s: s.down_proj.weight.data = shared
+    fit_outputs(moe, (targets.for_student(a, b) for a,b,_ in job.batches(held=False)), free_memory(job.device)*3//4)
 
 def sample_inputs(
     targets:Targets, job:Job,
@@ -347,12 +336,7 @@ def open_run(
     resume:bool,             # go on with an interrupted run
 ) -> dict: # progress: next layer, FVU and blocks so far, seconds
     "Start a run in OUT.partial, or take up the one that is there."
-    file = writer.partial/'run.json'
-    if file.exists():
-        if not resume: raise BadInput(f'{writer.partial}: holds an interrupted run; --resume goes on with it, or delete the folder')
-        run = read_json(file)
-        if run['recipe']!=recipe: raise BadInput(f'{writer.partial}: was started with other settings: ' + ', '.join(k for k in recipe if run['recipe'].get(k)!=recipe[k]))
-        return run
+    if run := writer.interrupted(recipe, resume): return run
     shutil.rmtree(writer.partial)                                              # killed before its first layer was done
     (writer.partial/'states').mkdir(parents=True)
     return dict(recipe=recipe, layer=None, fvu={}, block={}, seconds={})
@@ -482,9 +466,7 @@ def table(
         e, z = report['evaluation'].get(k), report['sizes'][k]
         loss = [f"{(e or report['evaluation'][report['kinds'][0]])[d]['loss_student' if e else 'loss_teacher']:.3f}" for d in domains]
         rows.append([KINDS.get(k, k) + (f" ({z['padded_bytes']/1e6:,.1f} MB with its padding)" if 'padded_bytes' in z else ''), f"{z['routed']:,}", f"{z['bytes']/1e6:,.1f}", *loss, f"{e['mean']['kl']:.3f}" if e else '0', f"{e['mean']['agreement']:.1%}" if e else '100%'])
-    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    line = lambda r: '| ' + ' | '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(r, width))) + ' |'
-    return '\n'.join([line(head), '|' + '|'.join(['-'*(width[0]+2), *('-'*(w+1)+':' for w in width[1:])]) + '|', *map(line, rows)])
+    return aligned(head, rows)
 
 # %% ../nbs/08_pipeline.ipynb #1701260b
 def plot_report(

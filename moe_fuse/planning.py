@@ -11,8 +11,8 @@ __all__ = ['UNITS', 'COUNTS', 'LATENT', 'ATTENTION_KEYS', 'WEIGHT_BYTES', 'MIN_T
            'read_stages', 'transfer', 'attention_cost', 'dense_cost', 'block_shape', 'block_cost', 'teacher_stage',
            'held_weights', 'attention_stage', 'build_copies', 'measure_stage', 'forward_stage', 'fit_stage',
            'distill_stage', 'write_stage', 'evaluation_stage', 'stages', 'measure_machine', 'stage_seconds',
-           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'Plan', 'plan', 'aligned',
-           'plan_table']
+           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'Plan', 'plan', 'plan_table',
+           'aligned']
 
 # %% ../nbs/08_planning.ipynb #15d1c939
 import math, re, time
@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .headers import *
+
+_all_ = ['aligned']                                                           # made in 00_headers
 
 # %% ../nbs/08_planning.ipynb #07ff2325
 UNITS = dict(B=1, KB=10**3, MB=10**6, GB=10**9, TB=10**12, KiB=2**10, MiB=2**20, GiB=2**30, TiB=2**40)
@@ -626,14 +628,6 @@ def plan(
                 peaks={r: peak(r, need) for r in need}, limits=limits, rates=rates, seconds=sum(r['seconds'] for r in rows), fits=not helps, verdict=verdict(not helps, need, limits, helps))
 
 # %% ../nbs/08_planning.ipynb #56664f40
-def aligned(
-    head:list, rows:list, # of texts
-) -> str: # aligned text that is a markdown table too
-    "A table with numbers to the right."
-    width = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    line = lambda r: '| ' + ' | '.join(c.ljust(w) if i==0 else c.rjust(w) for i,(c,w) in enumerate(zip(r, width))) + ' |'
-    return '\n'.join([line(head), '|' + '|'.join(['-'*(width[0]+2), *('-'*(w+1)+':' for w in width[1:])]) + '|', *map(line, rows)])
-
 def plan_table(
     p:Plan,
 ) -> str:
