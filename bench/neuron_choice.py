@@ -8,6 +8,7 @@ are not made again. A row is the pipeline's own run, layer after layer on the st
 nothing is written, so that widths are possible which no stock engine can load.
 """
 import argparse, json, tempfile, time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -135,7 +136,7 @@ def student(variant, i, layer, stats, targets, job, grads):
     fit_down(moe, targets, job); found['fitted'] = routed_fvu(moe, shared, targets, job)
     if r['steps']:
         for n in range(max(1, r['rounds'])):
-            distill_block(moe, targets, job._replace(recipe=r | dict(seed=r['seed']+1000*n)), r['steps']//max(1, r['rounds']))
+            distill_block(moe, targets, replace(job, recipe=r | dict(seed=r['seed']+1000*n)), r['steps']//max(1, r['rounds']))
             if n==r['rounds']-1 or not r['rounds']: found['distilled'] = routed_fvu(moe, shared, targets, job)
             if r['rounds']: fit_down(moe, targets, job)
         if r['rounds']: found['refitted'] = routed_fvu(moe, shared, targets, job)
