@@ -79,9 +79,11 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--heal-tokens', type=int, default=0, help='tokens of the calibration text to train the written student on, end to end; what comes out is the healed one')
     add_heal(command('heal', 'train STUDENT on the predictions of its teacher, all layers at once, and write it to OUT; on several GPUs: torchrun --nproc_per_node N -m moe_fuse heal ...'))
     c = command('export', 'write STUDENT again in another format: OUT is a folder, or a .gguf file for llama.cpp')
-    c.add_argument('student', metavar='STUDENT', help='folder in bfloat16, float16 or float32; for fp8 and awq also a hub id or demo'); c.add_argument('out', metavar='OUT', help='folder or file to make')
-    c.add_argument('--dtype', required=True, help='fp8, awq, gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m or gguf:q6_k')
+    c.add_argument('student', metavar='STUDENT', help='folder, hub id or demo; for gguf a folder in bfloat16, float16 or float32'); c.add_argument('out', metavar='OUT', help='folder or file to make')
+    c.add_argument('--layout', help='slim, pruned, fused or unfolded; left out, the layout that STUDENT has. Only a fused student can become something else: unfolded')
+    c.add_argument('--dtype', default='bf16', help='bf16, fp8, awq, gguf:f32, gguf:f16, gguf:bf16, gguf:q8_0, gguf:q4_0, gguf:q4_k_m, gguf:q5_k_m or gguf:q6_k')
     c.add_argument('--group-size', type=int, default=128, help='input columns that share a scale, of awq; it must divide the inputs of every projection, -1 takes all')
+    c.add_argument('--eval', default=None, metavar='TEXT', dest='text', help='held-out text that rounding is measured on, none for no measurement; left out, that of the run that made STUDENT'); c.add_argument('--eval-tokens', type=int, default=65536, help='at most')
     c.add_argument('--llama-cpp', metavar='DIR', help='llama.cpp\'s source folder, whose converter writes GGUF; left out, the environment variable LLAMA_CPP')
     c = command('upcycle', 'make a mixture of experts of dense models, as a YAML file with mergekit-moe\'s keys says, and write it to OUT')
     c.add_argument('config', metavar='CONFIG.yml', help='base_model, experts, gate_mode and so on'); c.add_argument('out', metavar='OUT', help='folder to make'); c.add_argument('--seed', type=int, default=0, help='of random gates and noise')
@@ -148,17 +150,15 @@ def plan_command(
 def export_command(
     a:argparse.Namespace, # what was typed
 ) -> str: # what goes to stdout
-    "Write a student in another format."
-    how, _, kind = a.dtype.partition(':')
-    if how not in ('fp8', 'awq', 'gguf') or bool(kind)!=(how=='gguf'): raise BadInput(f'dtype {a.dtype!r} is none of fp8, awq and gguf:TYPE, e.g. gguf:q8_0')
-    if how=='gguf':
-        from moe_fuse.llama_cpp import write_gguf
-        r = write_gguf(a.student, a.out, kind, a.llama_cpp)
+    "Write a student in another layout or dtype."
+    from moe_fuse.layouts import export
+    r = export(a.student, a.out, a.layout, a.dtype, a.group_size, a.text, a.eval_tokens, a.llama_cpp)
+    if a.json: return json.dumps(r)
+    if 'file' in r:
         notes = ([] if r['vocabulary'] else ['the tokenizer is not known to llama.cpp: the file takes and gives token ids only']) + [f"{k}: {n:,} columns, stored in a larger type" for k,n in r['odd_columns'].items()]
-        return json.dumps(r) if a.json else '\n'.join([f"{r['file']}: {r['bytes']/1e6:,.1f} MB", *notes])
-    from moe_fuse.quantized_checkpoint import quantize_checkpoint
-    ck = quantize_checkpoint(a.student, a.out, how, a.group_size)
-    return json.dumps(dict(file=str(ck.folder), bytes=ck.nbytes)) if a.json else repr(ck)
+        return '\n'.join([f"{r['file']}: {r['bytes']/1e6:,.1f} MB", *notes])
+    from moe_fuse.model_card import PACKED, written_again
+    return f"{a.out}: {written_again(r['export'])}" + (f"\ntransformers: {PACKED[a.dtype]}" if a.dtype in PACKED else '')
 
 def upcycle_command(
     a:argparse.Namespace, # what was typed
