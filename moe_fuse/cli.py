@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
                    'ream, svd, d2_moe, seeds, fused, random_groups, static, shuffled, cores, slim; none for none')
     c.add_argument('--dtype', default='bfloat16', help='of the weights on disk')
     c.add_argument('--states', default='float32', help='what hidden states wait on disk in: float32, bfloat16 (half the disk) or float8 (a quarter)')
+    c.add_argument('--mtp', default='drop', help='what becomes of a layer for multi-token prediction: drop, keep (as it is), or shrink (with the rest)')
     c.add_argument('--seed', type=int, default=0, help='of sampling and training'); c.add_argument('--device', default='auto', help='auto, cpu or cuda')
     c.add_argument('--device-budget', metavar='SIZE', help='bytes that a layer of SRC may take on the device, e.g. 13GB: experts that do not fit stay packed')
     c.add_argument('--resume', action='store_true', help='go on with an interrupted run')

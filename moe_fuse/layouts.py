@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'layout_in', 'check_layout', 'unfolded_bytes', 'own_text', 'rounding_cost', 'exported_card', 'export']
 
 # %% ../nbs/09_layouts.ipynb #1a400003
-import json, shutil
+import json, re, shutil
 from pathlib import Path
 
 from .checkpoint import *
@@ -52,7 +52,7 @@ def unfolded_bytes(
 ) -> int: # without zeros that widen the shared expert
     "What it would take with every expert written out in bfloat16."
     c = ck.config; blocks = [e.shape[0] for k,e in ck.entries.items() if k.endswith('.mlp.groups')]
-    own = sum(e.end-e.start for k,e in ck.entries.items() if part_of(k, c['num_hidden_layers'])=='routed experts')
+    own = sum(e.end-e.start for k,e in ck.entries.items() if re.search(FUSED_WEIGHT, k))
     return ck.nbytes - own + sum(blocks)*6*c['hidden_size']*(c.get('core_width') or c['moe_intermediate_size'])
 
 # %% ../nbs/09_layouts.ipynb #1a40000c
