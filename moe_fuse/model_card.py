@@ -46,7 +46,7 @@ def license_lines(
 
 # %% ../nbs/08_model_card.ipynb #e9bd4e23
 PACKED = dict(awq='no. Its AWQ loader packs linear layers only: experts, which it holds as one tensor a layer, would stay random.',
-              fp8='stock code, on a GPU. Without one it unpacks blocks of 128x128 wrongly where rows or columns do not divide by 128, and says nothing.')  # what `transformers` does
+              fp8='stock code. On a GPU it asks for the package `kernels` (not run); without one it unpacks to bfloat16, wrongly and without a word where rows or columns do not divide by 128.')  # what `transformers` does
 
 def loading(
     config:dict, # config.json of a student
@@ -79,7 +79,7 @@ def written_again(
     "What an export changed, in a line."
     r = e.get('evaluation', {}).get('mean')
     kl = f"KL to the student before {r['kl']:.4f} nats a token, agreement {r['agreement']:.1%}, over {r['tokens']:,} held-out tokens of {_plain(e['text'])}" if r else f"not measured: {e['not_measured']}"
-    return f"{e['layout'] or 'as it was'}, {e['dtype']}" + (f", groups of {e['group_size']}" if 'group_size' in e else '') + f", {e['bytes']:,} bytes instead of {e['bytes_before']:,}; {kl}"
+    return f"{e['layout'] or 'as it was'}, {e['dtype']}" + (f", groups of {e['group_size'] if e['group_size']>0 else 'a whole row'}" if 'group_size' in e else '') + f", {e['bytes']:,} bytes instead of {e['bytes_before']:,}; {kl}"
 
 # %% ../nbs/08_model_card.ipynb #abbdb71d
 def same_sizes(

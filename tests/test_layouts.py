@@ -75,7 +75,7 @@ def check_layouts(runs, tmp_path):
 
 def test_layouts_of_the_embedded_teacher(demo, tmp_path):
     flat, fused = (x.log_softmax(-1) for x in check_layouts(demo, tmp_path))
-    assert (fused.exp()*(fused-flat)).sum(-1).mean() < .005                     # its sums are rounded to bfloat16: a quarter of what FP8 costs this teacher, at most
+    assert (fused.exp()*(fused-flat)).sum(-1).mean() < 5e-4                     # its sums are rounded to bfloat16: FP8 costs this teacher 0.004
 
 @pytest.mark.parametrize('base', ['deepseek_v2', 'deepseek_v3'])
 def test_layouts_of_random_teachers(base, tinies, tmp_path): check_layouts({l: tinies[base, l] for l in METHODS}, tmp_path)
