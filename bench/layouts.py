@@ -40,7 +40,7 @@ with tempfile.TemporaryDirectory() as d:
                 if dtype=='bf16':
                     r = subprocess.run([sys.executable, '-c', ELSEWHERE, str(out), str(d/'ids.npy'), str(d/'got.npy')], capture_output=True, text=True)
                     assert r.returncode==0, r.stderr[-2000:]
-                    far, words = f"{np.abs(np.load(d/'got.npy')-want.numpy()).max():.1e}", r.stdout.strip().replace('|', '\\|')
+                    far, words = f"{np.abs(np.load(d/'got.npy')-want.numpy()).max():.1e}", r.stdout.strip().splitlines()[-1].replace('|', '\\|')
                 rows.append([to, dtype, f"{e['bytes']/1e6:.2f}", f"{e['evaluation']['mean']['kl']:.4f}" if 'evaluation' in e else '', far, words[:60]])
                 print(rows[-1], file=sys.stderr)
     print(aligned(['layout', 'dtype', 'MB', 'KL', 'difference', 'what it writes'], rows))
