@@ -17,10 +17,10 @@ from tiny_models import *
 METHODS = dict(slim='slim', pruned='reap', fused='fused')
 
 @pytest.fixture(scope='module')
-def demo(tmp_path_factory):
+def demo(demo_run, tmp_path_factory):
     "Three layouts of the embedded teacher"
     d = tmp_path_factory.mktemp('demo')
-    return {l: compress('demo', d/l, keep=.25, method=m, tokens=4096, eval_tokens=2048, baselines=(), quiet=True) for l,m in METHODS.items()}
+    return dict(slim=demo_run[0]) | {l: compress('demo', d/l, **DEMO, method=METHODS[l], baselines=(), quiet=True) for l in ('pruned', 'fused')}
 
 @pytest.fixture(scope='module')
 def tinies(small, tmp_path_factory):
