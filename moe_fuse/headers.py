@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ITEM_BYTES', 'FAMILIES', 'SUPPORTED', 'FUSED_FAMILIES', 'FUSED_WEIGHT', 'PARTS', 'BadInput', 'read_json', 'Entry',
            'read_header', 'Checkpoint', 'resolve_source', 'open_headers', 'Family', 'experts_key', 'stock_type',
-           'check_supported', 'check_shrinkable', 'disk_name', 'part_of', 'inspect', 'slim_widths', 'slim_sizes',
-           'pruned_groups', 'LayerBytes', 'place_experts', 'aligned']
+           'check_supported', 'check_shrinkable', 'disk_name', 'part_of', 'mtp_layers', 'inspect', 'slim_widths',
+           'slim_sizes', 'pruned_groups', 'LayerBytes', 'place_experts', 'aligned']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
@@ -204,6 +204,14 @@ def part_of(
     layer = re.search(r'\.layers\.(\d+)\.', name)
     if layer and int(layer[1]) >= n_layers: return 'mtp'
     return next((p for p,pat in PARTS.items() if re.search(pat, name)), 'other')
+
+# %% ../nbs/00_headers.ipynb #a7c1e201
+def mtp_layers(
+    ck:Checkpoint, # any supported checkpoint
+) -> list: # of indices, `num_hidden_layers` and on
+    "The multi-token-prediction layers that are really there, whatever config.json says."
+    found = {int(m[1]) for k in ck.entries if (m := re.match(r'model\.layers\.(\d+)\.', k))}
+    return sorted(i for i in found if i>=ck.config['num_hidden_layers'])
 
 # %% ../nbs/00_headers.ipynb #0a843ab5
 def inspect(

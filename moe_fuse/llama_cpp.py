@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['V1', 'BLOCKS', 'DRIVER', 'gguf_family', 'llama_cpp_problems', 'odd_columns', 'find_converter', 'quantize_gguf',
-           'write_gguf']
+           'check_gguf', 'write_gguf']
 
 # %% ../nbs/07_llama_cpp.ipynb #4b1df408
 import contextlib, io, json, math, os, subprocess, sys
@@ -117,6 +117,20 @@ def quantize_gguf(
     with contextlib.redirect_stderr(io.StringIO()): failed = llama_cpp.llama_model_quantize(str(src).encode(), str(out).encode(), params)          # it names every matrix of other columns
     if failed: raise BadInput(f'{src}: llama.cpp could not write it as {how}')
 
+def check_gguf(
+    config:dict, src, # config.json of a student, and what to call it
+    out,              # `.gguf` file to make
+    how:str,          # one of `BLOCKS`
+    llama_cpp=None,   # llama.cpp's source folder; None takes LLAMA_CPP
+) -> Path: # where the converter is
+    "Refuse what can't be written or would be misread, before anything is."
+    out = Path(out)
+    if how not in BLOCKS: raise BadInput(f"{how!r} is none of {', '.join(BLOCKS)}")
+    if problems := llama_cpp_problems(config): raise BadInput(f'{src}: llama.cpp would not run it as it is: ' + '; '.join(problems))
+    if out.exists(): raise BadInput(f'{out}: exists')
+    if not out.parent.is_dir(): raise BadInput(f'{out.parent}: no such folder')
+    return find_converter(llama_cpp)
+
 def write_gguf(
     src,            # folder of a student, not quantised
     out,            # `.gguf` file to make
@@ -125,11 +139,7 @@ def write_gguf(
 ) -> dict: # `file`, `bytes`, `vocabulary` (False if token ids only), `odd_columns`
     "Write a checkpoint as GGUF."
     out, ck = Path(out), Checkpoint(resolve_source(src))
-    if how not in BLOCKS: raise BadInput(f"{how!r} is none of {', '.join(BLOCKS)}")
-    if problems := llama_cpp_problems(ck.config): raise BadInput(f'{src}: llama.cpp would not run it as it is: ' + '; '.join(problems))
-    if out.exists(): raise BadInput(f'{out}: exists')
-    if not out.parent.is_dir(): raise BadInput(f'{out.parent}: no such folder')
-    converter, by_converter = find_converter(llama_cpp), how in ('f32', 'f16', 'bf16', 'q8_0')
+    converter, by_converter = check_gguf(ck.config, src, out, how, llama_cpp), how in ('f32', 'f16', 'bf16', 'q8_0')
     first, tmp = (out.with_name(f'{out.name}.{k}.tmp') for k in ('first', 'whole'))
     try:
         r = subprocess.run([sys.executable, '-c', DRIVER, converter, ck.folder, first, how if by_converter else 'f16'], capture_output=True, text=True)

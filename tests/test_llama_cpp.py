@@ -4,7 +4,9 @@ import numpy as np, pytest, torch, transformers
 from tiny_models import *
 from test_families import tiny
 from tiny_models import write
+from moe_fuse.fused_files import unfold
 from moe_fuse.headers import *
+from moe_fuse.layouts import export
 from moe_fuse.llama_cpp import *
 from moe_fuse.pipeline import compress
 
@@ -32,7 +34,7 @@ def run_both(folder, file, ids, steps=32): # -> (largest difference of logits, l
 @pytest.fixture(scope='module')
 def students(tmp_path_factory):
     d = tmp_path_factory.mktemp('students')
-    for name,kw in dict(slim=dict(keep=.25), pruned=dict(keep=.5, method='reap'), shared=dict(keep=.5, shared_share=.25)).items():
+    for name,kw in dict(slim=dict(keep=.25), pruned=dict(keep=.5, method='reap'), shared=dict(keep=.5, shared_share=.25), fused=dict(keep=.25, method='fused')).items():
         compress('demo', d/name, tokens=4096, eval_tokens=2048, baselines=(), dtype='float32', quiet=True, **kw)
     return d
 
@@ -49,6 +51,22 @@ def test_students_of_the_trained_teacher(students, tmp_path, name):
     m = llama_cpp.Llama(str(tmp_path/'s.gguf'), vocab_only=True, verbose=False)
     assert m.tokenize(text.encode(), add_bos=False, special=False)==ids
     m.close()
+
+@engine
+def test_a_fused_student_is_unfolded_on_the_way(students, tmp_path):
+    found = export(students/'fused', tmp_path/'s.gguf', 'unfolded', 'gguf:f32')
+    assert found['vocabulary'] and [f.name for f in tmp_path.iterdir()]==['s.gguf']
+    unfold(students/'fused', tmp_path/'flat')
+    far, most, words, mine = run_both(tmp_path/'flat', tmp_path/'s.gguf', list(range(40, 120)))
+    assert far<1e-4 and words==mine
+
+@engine
+def test_the_layer_for_multi_token_prediction_is_left_out(tmp_path):
+    "The converter knows it by its index; 61 random layers amplify rounding"
+    from test_mtp import with_mtp
+    write_gguf(write(tmp_path/'s', *with_mtp(scoring_func='sigmoid', topk_method='noaux_tc')), tmp_path/'s.gguf', 'f32')
+    far, most, words, mine = run_both(tmp_path/'s', tmp_path/'s.gguf', list(range(5, 60)), 16)
+    assert far<1e-4*most and words==mine
 
 FAMILIES_IN_LLAMA = {'qwen2_moe': dict(decoder_sparse_step=1), 'qwen3_moe': dict(mlp_only_layers=[]), 'mixtral': {}, 'deepseek_v2': dict(q_lora_rank=32, norm_topk_prob=False), 'deepseek_v3': {}}
 
