@@ -356,7 +356,7 @@ def analyse(
     check_shrinkable(ck.config)
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     ok, impossible = possible_keeps(ck.config, keeps)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
     docs, tok, longest = read_docs(calibration, seed=seed), load_tokenizer(ck.folder), min(512, ck.config.get('max_position_embeddings') or 512)
     docs, held = (docs, read_docs(eval_data, 'valid')) if eval_data else split_text(docs)
     cal, held = sample_tokens(docs, tok, tokens, longest, seed), sample_tokens(held, tok, pilot_tokens, longest)

@@ -578,7 +578,7 @@ def compress_and_heal(
     "Shrink a checkpoint, then train what came out end to end."
     from moe_fuse.heal import heal, heal_table                                 # `Trainer` takes seconds to import
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder')
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
     if kwargs.get('method') in FUSED_METHODS: raise BadInput(f"method {kwargs['method']!r}: fused students are not healed end to end yet")
     if heal_tokens<2*MIN_TOKENS: raise BadInput(f'{heal_tokens} tokens are too few to heal with, at least {2*MIN_TOKENS} are needed')
