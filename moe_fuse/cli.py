@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         c = sub.add_parser(name, help=help, description=textwrap.fill(help, 100), formatter_class=CliHelp, epilog='\n  '.join(['examples:', *examples]))
         c.add_argument('--json', action='store_true', help='print one JSON document and nothing else on stdout')
         return c
-    c = command('demo', 'shrink the teacher that comes with the package and show what it cost: run demo OUT with the defaults; about two minutes on two cores', 'moe-fuse demo', 'moe-fuse demo ~/student')
+    c = command('demo', 'shrink the teacher that comes with the package and show what it cost: run demo OUT with the defaults; a few minutes on two cores', 'moe-fuse demo', 'moe-fuse demo ~/student')
     c.add_argument('out', metavar='OUT', nargs='?', default='moe_fuse_demo', help='folder to make')
     c = command('run', 'read SRC, fuse its experts, write the smaller checkpoint to OUT', 'moe-fuse run demo out --keep 0.25',
         'moe-fuse run deepseek-ai/DeepSeek-V2-Lite out --calibration chat.jsonl,code.jsonl --eval held_out.jsonl --tokens 2000000')
