@@ -42,7 +42,7 @@ from .streaming import *
 # %% ../nbs/08_pipeline.ipynb #da98d697
 class Stream:
     "One model's states of all tokens: `old` entering a layer, `new` leaving it."
-    def __init__(self, name, folder, n_tokens, hidden, layer, dtype=torch.float32):
+    def __init__(self, name, folder, n_tokens, hidden, layer, dtype=torch.float32): # files are `folder/name.layer.states` of [n_tokens, hidden]
         self.file = lambda i: Path(folder)/f'{name}.{i}.states'
         self.states = lambda i: States(n_tokens, hidden, self.file(i), dtype)
         self.old, self.new, self.layer = self.states(layer), self.states(layer+1), layer
@@ -212,7 +212,7 @@ def sample_inputs(
     return torch.cat([targets.for_teacher(a, a+run)[0] for a in starts])
 
 def distill_block(
-    moe:nn.Module, targets:Targets, job:Job, steps:int,
+    moe:nn.Module, targets:Targets, job:Job, steps:int, # of Adam
     tokens=2048, # a step, in runs of 256 rows
 ) -> list: # loss of each step
     "Adam on the layer; half of each batch has the teacher's states as inputs, half the student's own (05_healing)."
