@@ -235,7 +235,8 @@ def main(
         import argcomplete
         argcomplete.autocomplete(p)
     a = p.parse_args(argv)
-    try: print(run_command(a), end='\n' if int(os.environ.get('RANK', 0))==0 else '')
+    try: print(run_command(a), end='\n' if int(os.environ.get('RANK', 0))==0 else '', flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # `| head` has seen enough
     except (BadInput, OSError) as e:
         print(f'moe-fuse: {" ".join(str(e).split())}', file=sys.stderr)
         return 2

@@ -293,6 +293,12 @@ def test_help_of_every_command(name, capfd):
     examples = re.findall(r'^  (moe-fuse .*)', said.partition('examples:')[2], re.M)
     assert examples and all(parser().parse_args(shlex.split(x)[1:]).command==name for x in examples)
 
+@pytest.mark.skipif(shutil.which('bash') is None, reason='the pipe is made in bash')
+def test_a_pipe_that_closes_is_no_fault():
+    "`moe-fuse plan demo | head -1` says its line and complains of nothing"
+    r = subprocess.run(['bash', '-c', f'set -o pipefail; {shlex.quote(sys.executable)} -u -m moe_fuse plan demo | head -c 9'], capture_output=True, text=True, cwd=root)
+    assert (r.returncode, r.stdout, r.stderr)==(0, 'fits: 1.4', '')
+
 def test_demo_is_run_demo_with_the_defaults(monkeypatch, capfd):
     "The same call, into ./moe_fuse_demo if no folder is named"
     import moe_fuse.pipeline as pipeline
