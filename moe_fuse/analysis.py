@@ -54,7 +54,7 @@ def survey_layer(
     s:States,          # the teacher's, moved one layer on
     tokens:TokenSet,   # T tokens
     rows:torch.Tensor, # [R] rows to keep, ascending
-    rotary:nn.Module, device='cpu', batch=8192,
+    rotary:nn.Module, device='cpu', batch=8192, # tokens at once
 ): # (ExpertStats, covariance of the routed output [H, H] float64, inputs [R, H], outputs of the block [R, H])
     "Everything that is asked of the teacher, in one pass."
     moe, xs, ys = layer.mlp, [], []
@@ -93,7 +93,7 @@ def pilot_layer(
     block:nn.Module,  # what stands in its block's place
     s:States,         # moved one layer on
     tokens:TokenSet,  # P tokens
-    rotary:nn.Module, device='cpu', batch=8192,
+    rotary:nn.Module, device='cpu', batch=8192, # tokens at once
 ): # (inputs of the block [P, H], its outputs [P, H])
     "Move one model's few tokens through a layer."
     xs, ys = [], []
@@ -112,7 +112,7 @@ def predict_layer(
     pilots:dict,      # keep -> States, moved one layer on
     teacher:States,   # the teacher's, of the same tokens, moved too
     tokens:TokenSet,  # P held-out tokens
-    rotary:nn.Module, device='cpu', batch=8192,
+    rotary:nn.Module, device='cpu', batch=8192, # tokens at once
 ) -> dict: # keep -> `fvu` of the pilot, `fvu_alone` where only this layer is fused, `energy_dropped` before any fit
     "What each pilot loses in one layer; all are fractions of the routed output's variance or energy."
     moe, shared = layer.mlp, partial(shared_output, layer.mlp)
@@ -131,7 +131,7 @@ def predict_layer(
 def describe_layer(
     index:int, stats:ExpertStats, cov:torch.Tensor, # from `survey_layer`
     similarity:torch.Tensor, # [N, N] from `output_similarity`
-    top_k:int, seed=0,
+    top_k:int, seed=0, # experts a token is sent to
 ) -> dict: # numbers and lists for JSON
     "A layer in numbers."
     n, i = stats.usefulness.shape
@@ -356,7 +356,7 @@ def analyse(
     check_shrinkable(ck.config)
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device=='auto' else device
     ok, impossible = possible_keeps(ck.config, keeps)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder')
+    if out.exists() and (not out.is_dir() or any(out.iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
     docs, tok, longest = read_docs(calibration, seed=seed), load_tokenizer(ck.folder), min(512, ck.config.get('max_position_embeddings') or 512)
     docs, held = (docs, read_docs(eval_data, 'valid')) if eval_data else split_text(docs)
     cal, held = sample_tokens(docs, tok, tokens, longest, seed), sample_tokens(held, tok, pilot_tokens, longest)

@@ -222,7 +222,7 @@ def release(self:Checkpoint):
 # %% ../nbs/00_awq_loading.ipynb #73a740d8
 class Staging:
     "Pinned memory between files and a GPU: a ring of slots that threads fill and the copy engine empties."
-    def __init__(self, slots=8, slot_bytes=2**23):
+    def __init__(self, slots=8, slot_bytes=2**23): # how many, bytes of each
         self.slots = [torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(slots)]
         self.done, self.pool, self.slot_bytes, self.turn = [torch.cuda.Event() for _ in range(slots)], ThreadPoolExecutor(4), slot_bytes, 0
     def fill(self, k, fd, a, n):

@@ -247,7 +247,7 @@ def seed_recipe(moe, stats, keep, seed=0, x=None):
     cores = merge_experts(w.gate_up_proj, w.down_proj, groups, 'multislerp', align=False, base=0)
     return fuse_moe(moe, groups, stats.counts, s.rank, 'multiplex_mixture', _moment(stats).to(cores[0].device), cores=cores)
 
-def fused(moe, stats, keep, seed=0, x=None, groups=None):
+def fused(moe, stats, keep, seed=0, x=None, groups=None): # groups [E]: core of each expert; None takes those of co-activation
     "Cores of experts that fire together, with exact per-expert corrections."
     s = _shape(moe, keep, 'exact')
     if not isinstance(moe.experts.down_proj, torch.Tensor): raise BadInput('fused baselines take the difference of all experts to their cores at once, so they need a layer that fits on the device unpacked')
@@ -261,7 +261,7 @@ def fused_at_random(moe, stats, keep, seed=0, x=None):
 # %% ../nbs/04_baselines.ipynb #59efd132
 class StaticGate(nn.Module):
     "A router whose cores keep their weights, shared out among their active members by usage."
-    def __init__(self, gate, groups, usage):
+    def __init__(self, gate, groups, usage): # router, core of each expert [E] int64, calibration tokens of each [E]
         super().__init__()
         self.gate, (self.groups, self.usage) = gate, (nn.Buffer(t) for t in (groups, usage.to(groups.device).float()+1))
     def forward(self, x): # [T, H] -> (logits, weights [T, k], ids [T, k])
@@ -273,7 +273,7 @@ class StaticGate(nn.Module):
 
 class ShuffledGate(nn.Module):
     "A router whose ids are renamed within their cores."
-    def __init__(self, gate, groups, seed=0):
+    def __init__(self, gate, groups, seed=0): # router, core of each expert [E] int64
         super().__init__()
         g, to = torch.Generator().manual_seed(seed), torch.arange(len(groups))
         for c in groups.unique().tolist():

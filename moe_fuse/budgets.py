@@ -43,7 +43,7 @@ def try_plans(
     ck:Checkpoint, cal:TokenSet, # teacher, text of the statistics
     held:TokenSet,               # held-out text, few tokens
     plans:dict,                  # name -> {layer: cut}
-    fit_tokens=32768, device='cpu', quiet=True,
+    fit_tokens=32768, device='cpu', quiet=True, # tokens that the pilots' fits see
 ): # (name -> KL, layer -> its `usefulness` [N, I] and the variance of the teacher's `stream` that leaves it)
     "Move the teacher and one student for each plan through all layers."
     model = empty_model(ck); c, rotary, seen = model.config, model.model.rotary_emb, {}
@@ -185,7 +185,7 @@ def budgets(
     eval_data=None,     # held-out text; None takes every eighth document of the calibration text
     tokens=65536,       # of the statistics
     probe_tokens=4096,  # held out, that run through the probes
-    fit_tokens=32768, seed=0, device='auto', quiet=False,
+    fit_tokens=32768, seed=0, device='auto', quiet=False, # as in `try_plans`
 ) -> dict: # `keep`, `plans` with widths and KL `predicted` and `tried`, `stock` layouts, names of the `best` of both, `layers`, `tokens`, `seconds`
     "Where the bytes of a student should go, and what that should gain."
     start, ck = time.perf_counter(), Checkpoint(resolve_source(src)); check_supported(ck.config); c = ck.config

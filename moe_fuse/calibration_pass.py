@@ -72,7 +72,7 @@ def pass_layer(
     layer:nn.Module,  # decoder layer with weights
     old:States,       # what enters it
     new:States,       # filled: what leaves it
-    tokens:TokenSet, rotary:nn.Module, max_tokens:int, device='cpu',
+    tokens:TokenSet, rotary:nn.Module, max_tokens:int, device='cpu', # of the model; tokens of a batch
     full=False,       # `ExpertStats` instead of `LayerStats`
     moments=None,     # of the inputs, as in `ExpertStats`
 ): # (statistics on the CPU, or None for a dense layer; tokens of a batch that fitted)

@@ -97,7 +97,7 @@ class CheckpointWriter:
     ):
         self.out, self.n_shards = Path(out).absolute(), n_shards
         self.partial = self.out.with_name(self.out.name+'.partial')
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())): raise BadInput(f'{out}: not an empty folder')
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
         ours = lambda f: f.name in ('states', 'run.json', 'README.md') or f.name.startswith(('model-', 'modeling_', 'report.', 'config.', 'model.')) or f.suffix=='.tmp' or _is_text(f)
         if self.partial.exists() and not all(map(ours, self.partial.iterdir())): raise BadInput(f'{self.partial}: exists and is not an interrupted run')
         self.made = [p for p in self.partial.parents if not p.exists()]

@@ -55,7 +55,9 @@ def devices_of(
 # %% ../nbs/10_deepseek_moe.ipynb #493ccbb8
 class CentroidRouter(nn.Module):
     "Chooses k of N experts for each token; answers as the routers of `transformers` do."
-    def __init__(self, d_model, n_routed, top_k, score='softmax', n_devices=1, max_devices=1, n_best=1, normalize=False, scale=1.):
+    def __init__(self, d_model, n_routed, top_k, score='softmax', # H, N, k; softmax or sigmoid
+                 n_devices=1, max_devices=1, n_best=1,            # D, M: devices in all and at most; scores of a device that count
+                 normalize=False, scale=1.):                      # gates made to sum to 1, then multiplied
         super().__init__()
         self.top_k, self.score, self.n_devices, self.max_devices, self.n_best, self.normalize, self.scale = top_k, score, n_devices, max_devices, n_best, normalize, scale
         self.weight = nn.Parameter(torch.randn(n_routed, d_model)/d_model**.5)          # the centroids
@@ -98,7 +100,7 @@ def _random(*shape): return nn.Parameter(torch.randn(shape)/shape[-1]**.5)
 
 class SwigluExperts(nn.Module):
     "N gated experts, stacked; the names are those of `transformers`."
-    def __init__(self, n_routed, d_model, d_expert):
+    def __init__(self, n_routed, d_model, d_expert): # N, H, I
         super().__init__()
         self.gate_up_proj, self.down_proj, self.act_fn = _random(n_routed, 2*d_expert, d_model), _random(n_routed, d_model, d_expert), nn.SiLU()
     def forward(self, x, p): # [T, H] and its `Pairs` -> [P, H]
@@ -106,7 +108,7 @@ class SwigluExperts(nn.Module):
 
 class SharedExperts(nn.Module):
     "All shared experts as one network: a sum of networks side by side is a wider network."
-    def __init__(self, d_model, width):
+    def __init__(self, d_model, width): # H, I of all shared experts together
         super().__init__()
         self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(a, b, bias=False) for a,b in ((d_model, width), (d_model, width), (width, d_model)))
         self.act_fn = nn.SiLU()
@@ -318,7 +320,7 @@ def from_transformers(
 # %% ../nbs/10_deepseek_moe.ipynb #2e1bc0f0
 class ReluExperts(nn.Module):
     "N two-layer networks with biases, stacked."
-    def __init__(self, n_routed, d_model, d_expert):
+    def __init__(self, n_routed, d_model, d_expert): # N, H, I
         super().__init__()
         self.up_proj, self.down_proj = _random(n_routed, d_expert, d_model), _random(n_routed, d_model, d_expert)
         self.up_bias, self.down_bias = (nn.Parameter(torch.zeros(n_routed, d)) for d in (d_expert, d_model))

@@ -198,7 +198,7 @@ def pair_sums_numpy(
     return out
 
 @numba.njit(cache=True)
-def pair_sums(indices, values, n_experts): # as above
+def pair_sums(indices, values, n_experts): # as above; n_experts is E
     "The same, without index arrays of T*k*k entries."
     out = np.zeros((n_experts, n_experts))
     for t in range(len(indices)):
@@ -244,7 +244,7 @@ def output_similarity(
 # %% ../nbs/02_expert_analysis.ipynb #283be104
 class LayerStats:
     "Sums over tokens for the N experts of one layer; two of them add up to the statistics of both."
-    def __init__(self, n_experts, width, device='cpu'):
+    def __init__(self, n_experts, width, device='cpu'): # E, I: experts and the neurons of each
         self.coactivation = torch.zeros(n_experts, n_experts, dtype=torch.long)
         self.mass, self.output = (torch.zeros(n_experts, dtype=torch.float64, device=device) for _ in range(2))
         self.usefulness = torch.zeros(n_experts, width, dtype=torch.float64, device=device)
@@ -296,7 +296,7 @@ def energy_kept(
 # %% ../nbs/02_expert_analysis.ipynb #44362b36
 class ExpertStats(LayerStats):
     "`LayerStats` and what else can be known of the routed tokens."
-    def __init__(self, n_experts, width, hidden, device='cpu', moments=None):
+    def __init__(self, n_experts, width, hidden, device='cpu', moments=None): # E, I, H; second moments of the inputs: None, 'layer' [H, H] or 'full' [E, H, H]
         if moments not in (None, 'full', 'layer'): raise ValueError(f'moments {moments!r} is neither full nor layer nor None')
         super().__init__(n_experts, width, device)
         zeros = lambda *s: torch.zeros(s, dtype=torch.float64, device=device)

@@ -163,7 +163,7 @@ def chunked_losses(
     return tuple(sum(l) for l in zip(*(checkpoint(heal_losses, *p, use_reentrant=False) for p in zip(*parts))))
 
 # %% ../nbs/08_heal.ipynb #h0000034
-def topk_bytes(k:int, vocab:int) -> int:
+def topk_bytes(k:int, vocab:int) -> int: # words kept of vocab -> bytes
     "Bytes of one prediction on disk."
     return k*(2 if vocab<=65536 else 4) + 2*(k+1)
 
@@ -211,7 +211,7 @@ def teacher_topk(
 
 class TopK:
     "The cached predictions, mapped and not read: a call fetches some by their numbers."
-    def __init__(self, folder):
+    def __init__(self, folder): # that `teacher_topk` wrote
         self.files = [load_file(f) for f in sorted(Path(folder).glob('*.safetensors'))]
         self.ends = torch.tensor([len(f['ids']) for f in self.files]).cumsum(0)
     def __len__(self): return int(self.ends[-1])
@@ -442,7 +442,8 @@ def last_checkpoint(
 # %% ../nbs/08_heal.ipynb #h0000052
 class HealLog(TrainerCallback):
     "A progress bar, and the log as a csv file that is always whole."
-    def __init__(self, trainer, bar, path, tokens_a_step): self.trainer, self.bar, self.path, self.n = trainer, bar, path, tokens_a_step
+    def __init__(self, trainer, bar, path, tokens_a_step): # Trainer, tqdm, csv file, tokens of a step
+        self.trainer, self.bar, self.path, self.n = trainer, bar, path, tokens_a_step
     def on_train_begin(self, args, state, control, **kwargs): self.bar.update(state.global_step-self.bar.n); self.bar.unpause()
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs): self.trainer.lr_used = optimizer.param_groups[0]['lr']
     def on_step_end(self, args, state, control, **kwargs):
@@ -488,7 +489,7 @@ def estimate(
     return dict(seconds=t*a.gradient_accumulation_steps*a.max_steps, tokens_per_second=a.world_size*x['input_ids'].numel()/t,
                 frozen=sum(p.nbytes for p in model.parameters() if not p.requires_grad), trained=16*trained, activations=sum(kept.values()))
 
-def say_estimate(e:dict, steps:int, batch_tokens:int) -> str:
+def say_estimate(e:dict, steps:int, batch_tokens:int) -> str: # e from `estimate`; tokens of a step
     "An estimate in a line."
     m = e['seconds']/60
     return (f'{steps:,} steps of {batch_tokens:,} tokens: about {m:.0f} min' if m>=1 else f'{steps:,} steps of {batch_tokens:,} tokens: about {e["seconds"]:.0f} s') + \
@@ -524,9 +525,9 @@ def check_heal(
     if r['tokens']<r['batch_tokens']: raise BadInput(f"{r['tokens']:,} tokens are fewer than one batch of {r['batch_tokens']:,}")
 
 def healing_args(
-    recipe:dict, folder, steps:int, device:str, evaluates:bool,
+    recipe:dict, folder, steps:int, device:str, evaluates:bool, # as `heal` writes it; for checkpoints; is there held-out text?
     micro_rows=None, # rows a process takes at once; None: what gives 16,384 tokens on a GPU and 4,096 on a CPU
-    checkpointing=False,
+    checkpointing=False, # recompute activations: less memory, a third more time
 ) -> TrainingArguments:
     "The recipe as the `Trainer` wants it; how a batch is cut over processes and micro-batches is found here."
     world, rows = int(os.environ.get('WORLD_SIZE', 1)), recipe['batch_tokens']//recipe['seq_len']
@@ -547,7 +548,7 @@ def healing_args(
     return args
 
 def open_healing(
-    writer:CheckpointWriter, recipe:dict, resume,
+    writer:CheckpointWriter, recipe:dict, resume, # what the run depends on; go on with it?
 ) -> dict: # what is known so far
     "Start in OUT.partial, or take up what is there."
     if run := writer.interrupted(recipe, resume): return run
@@ -571,7 +572,7 @@ def write_healed(
 # %% ../nbs/08_heal.ipynb #h0000062
 class Healed:
     "What `heal` hands back: the report, and the folder that was written."
-    def __init__(self, report, out): self.report, self.out = report, out
+    def __init__(self, report, out): self.report, self.out = report, out # dict as in report.json, folder
     def __repr__(self): return heal_table(self.report)
     def _repr_markdown_(self): return heal_table(self.report)
 

@@ -78,7 +78,7 @@ def backward_usefulness(
 def backward_subset(
     gram:torch.Tensor, down:torch.Tensor, # as above
     width:int,                            # neurons to leave in each expert
-    ridge=1e-4,
+    ridge=1e-4, # relative to the mean diagonal
 ) -> torch.Tensor: # [N, width] int64, ascending in each row
     "The neurons that are dropped last."
     return choose_neurons(backward_usefulness(gram, down, ridge), width)

@@ -42,7 +42,7 @@ from .streaming import *
 # %% ../nbs/08_pipeline.ipynb #da98d697
 class Stream:
     "One model's states of all tokens: `old` entering a layer, `new` leaving it."
-    def __init__(self, name, folder, n_tokens, hidden, layer, dtype=torch.float32):
+    def __init__(self, name, folder, n_tokens, hidden, layer, dtype=torch.float32): # files are `folder/name.layer.states` of [n_tokens, hidden]
         self.file = lambda i: Path(folder)/f'{name}.{i}.states'
         self.states = lambda i: States(n_tokens, hidden, self.file(i), dtype)
         self.old, self.new, self.layer = self.states(layer), self.states(layer+1), layer
@@ -212,7 +212,7 @@ def sample_inputs(
     return torch.cat([targets.for_teacher(a, a+run)[0] for a in starts])
 
 def distill_block(
-    moe:nn.Module, targets:Targets, job:Job, steps:int,
+    moe:nn.Module, targets:Targets, job:Job, steps:int, # of Adam
     tokens=2048, # a step, in runs of 256 rows
 ) -> list: # loss of each step
     "Adam on the layer; half of each batch has the teacher's states as inputs, half the student's own (05_healing)."
@@ -638,7 +638,7 @@ def compress_and_heal(
     "Shrink a checkpoint, then train what came out end to end."
     from moe_fuse.heal import heal, heal_table                                 # `Trainer` takes seconds to import
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
-    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder')
+    if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
     if kwargs.get('method') in FUSED_METHODS: raise BadInput(f"method {kwargs['method']!r}: fused students are not healed end to end yet")
     if kwargs.get('mtp', 'drop')!='drop': raise BadInput(f"mtp is {kwargs['mtp']}: healing writes the trunk only, so a multi-token-prediction layer can only be dropped")

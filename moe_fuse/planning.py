@@ -592,8 +592,11 @@ def advice(
 # %% ../nbs/08_planning.ipynb #7164f8b4
 WORDS = dict(vram='VRAM', ram='RAM', disk='disk')
 
-def gb(n): return f'{n/1e9:,.1f} GB' if n>=1e9 else f'{n/1e6:,.0f} MB' # bytes -> text
+def gb(n): # bytes -> text
+    "Bytes as a person says them."
+    return f'{n/1e9:,.1f} GB' if n>=1e9 else f'{n/1e6:,.0f} MB'
 def duration(s): # seconds -> text
+    "Seconds in a fitting unit."
     return next((f'{s/n:,.1f} {u}' for u,n in (('days', 86400), ('h', 3600), ('min', 60)) if s>=2*n), f'{s:,.1f} s')
 
 def verdict(

@@ -63,7 +63,7 @@ class PackedLinear(KeepsDtype):
     "A frozen linear layer; a subclass names its packed tensors and unpacks `rows` of them."
     row_multiple = 1                                                           # blocks of rows begin at multiples of this
     def __init__(self,
-        out_features:int, in_features:int,
+        out_features:int, in_features:int, # N, K of the weight [N, K]
         packed:dict,   # name -> tensor
         bias=None,     # [out] any float
         cache=False,   # keep the unpacked weight after its first use

@@ -105,7 +105,7 @@ def count_load(gate, inputs, outputs): # a forward hook
     ids = outputs[2].flatten()
     gate.load.scatter_add_(0, ids, torch.ones_like(ids, dtype=torch.float32))
 
-def watch_load(model):
+def watch_load(model): # a DeepSeek model
     "Give every router a `load` [N] that counts tokens from now on."
     for g in routers(model):
         g.load = torch.zeros(g.num_experts, device=g.weight.device)
@@ -142,7 +142,7 @@ def window_loss(model, x): # [B, S] token ids -> scalar
 # %% ../nbs/90_tiny_teacher.ipynb #b4c9ba22
 @torch.no_grad()
 def domain_losses(
-    model,
+    model,       # a language model
     valid:dict, # domain -> [windows, seq] token ids
     batch=64,   # windows at a time
 ) -> dict: # domain -> nats per token
@@ -154,7 +154,7 @@ def domain_losses(
     return out
 
 # %% ../nbs/90_tiny_teacher.ipynb #107128b2
-def add_dropout(model, p:float):
+def add_dropout(model, p:float): # probability of a zero
     "Dropout on what each attention and each MLP adds to the stream, in training only."
     for l in model.model.layers:
         for m in (l.self_attn.o_proj, l.mlp): m.register_forward_hook(lambda m, _, out: F.dropout(out, p, m.training))
@@ -170,7 +170,7 @@ def to_bf16(model): # `model`
 def train(
     model,           # a mixture or its dense twin, on the device to train on
     windows,         # [windows, seq] uint16
-    steps:int,
+    steps:int,       # of AdamW
     batch=64,        # windows in a step
     lr=3e-3,         # peak
     decay=1.,        # weight decay of matrices
@@ -179,7 +179,7 @@ def train(
     every=1000,      # steps between two rows of the curve
     seed=0,          # order of the windows
     seconds=1e9,     # stop at the next row after this long
-    log=print,
+    log=print,       # takes a line
 ) -> list: # a dict every `every` steps: step, train, seconds, valid_*
     "AdamW on float32 master weights of a bfloat16 model, routers balanced after each step."
     dev, t0, history, total = next(model.parameters()).device, time.time(), [], 0.

@@ -238,7 +238,7 @@ def expert_warnings(
             for (s,_),g in groups.items() if len(g)>1]
 
 # %% ../nbs/11_upcycling.ipynb #3ab42adf
-def unit(v:torch.Tensor) -> torch.Tensor:
+def unit(v:torch.Tensor) -> torch.Tensor: # [..., H]
     "Scale the last dimension to length 1; zeros stay zeros."
     return v/v.norm(p=2, dim=-1, keepdim=True).clamp(min=1e-8)
 

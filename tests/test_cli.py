@@ -1,5 +1,5 @@
 "What is wrong is said in one line, with exit code 2, and nothing is left behind."
-import json, os, re, resource, subprocess, sys, time
+import json, os, re, resource, shlex, shutil, subprocess, sys, time
 from pathlib import Path
 import pytest, torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
@@ -277,6 +277,52 @@ def test_help_and_no_command(capfd):
     assert e.value.code==0 and 'run' in capfd.readouterr().out
     with pytest.raises(SystemExit) as e: main([])
     assert e.value.code==2 and capfd.readouterr().out==''
+
+def commands():
+    from moe_fuse.cli import parser
+    return next(a for a in parser()._actions if a.dest=='command').choices
+
+@pytest.mark.parametrize('name', list(commands()))
+def test_help_of_every_command(name, capfd):
+    "Each says what every argument is, and has examples that parse"
+    from moe_fuse.cli import parser
+    with pytest.raises(SystemExit) as e: main([name, '--help'])
+    said = capfd.readouterr().out
+    assert e.value.code==0 and 'default: None' not in said and 'default: False' not in said
+    assert [a.dest for a in commands()[name]._actions if not a.help]==[]
+    examples = re.findall(r'^  (moe-fuse .*)', said.partition('examples:')[2], re.M)
+    assert examples and all(parser().parse_args(shlex.split(x)[1:]).command==name for x in examples)
+
+@pytest.mark.skipif(shutil.which('bash') is None, reason='the pipe is made in bash')
+def test_a_pipe_that_closes_is_no_fault():
+    "`moe-fuse plan demo | head -1` says its line and complains of nothing"
+    r = subprocess.run(['bash', '-c', f'set -o pipefail; {shlex.quote(sys.executable)} -u -m moe_fuse plan demo | head -c 9'], capture_output=True, text=True, cwd=root)
+    assert (r.returncode, r.stdout, r.stderr)==(0, 'fits: 1.4', '')
+
+def test_demo_is_run_demo_with_the_defaults(monkeypatch, capfd):
+    "The same call, into ./moe_fuse_demo if no folder is named"
+    import moe_fuse.pipeline as pipeline
+    calls = []
+    def compress(**kw): calls.append(kw); raise KeyboardInterrupt
+    monkeypatch.setattr(pipeline, 'compress', compress)
+    for argv in ['demo'], ['run', 'demo', 'moe_fuse_demo'], ['demo', 'x'], ['run', 'demo', 'x']: assert main(argv)==130
+    assert calls[0]==calls[1] and calls[2]==calls[3] and (calls[0]['out'], calls[2]['out'])==('moe_fuse_demo', 'x')
+
+@pytest.mark.skipif(shutil.which('bash') is None, reason='completion is tried in bash')
+def test_completion_in_bash(tmp_path):
+    "Commands, options and files, through the function that argcomplete registers"
+    pytest.importorskip('argcomplete')
+    (tmp_path/'moe-fuse').write_text(f'#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(root)!r})\nfrom moe_fuse.cli import main\nsys.exit(main())\n')
+    (tmp_path/'moe-fuse').chmod(0o755); (tmp_path/'student').mkdir()
+    setup = subprocess.run([sys.executable, '-c', 'import argcomplete; print(argcomplete.shellcode(["moe-fuse"]))'], capture_output=True, text=True, check=True).stdout
+    def complete(line):
+        ask = f'{setup}\nCOMP_LINE={shlex.quote(line)}; COMP_POINT=${{#COMP_LINE}}; COMP_TYPE=9; _python_argcomplete moe-fuse\nprintf "%s\\n" "${{COMPREPLY[@]}}"'
+        env = {**os.environ, 'PATH': f'{tmp_path}{os.pathsep}{os.environ["PATH"]}'}
+        return {w.strip() for w in subprocess.run(['bash', '--norc', '-c', ask], capture_output=True, text=True, cwd=tmp_path, env=env).stdout.split()}
+    assert complete('moe-fuse ')>=set(commands())
+    assert complete('moe-fuse ex')=={'export'}
+    assert complete('moe-fuse run demo out --ke')=={'--keep'}
+    assert 'student/' in complete('moe-fuse export stu')
 
 # headers
 

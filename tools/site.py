@@ -5,7 +5,7 @@
 
 Both start from what nbdev makes of the notebooks, so their text is that of `nbdev_docs` and `nbdev_readme`.
 """
-import base64, html, re, shutil, subprocess, sys
+import base64, html, json, re, shutil, subprocess, sys
 from importlib.metadata import entry_points
 from pathlib import Path
 import pypandoc, yaml
@@ -31,8 +31,12 @@ def verbatim(text, div):
     s = f'````\n{"".join(text).rstrip()}\n````'
     return f'::: {{.cell-output}}\n{s}\n:::' if div else s
 
-def output_md(o, dest, stem, n, div):
-    "Markdown of one output; a figure becomes the file `dest/stem_files/n.svg` or `.png`"
+def unlink_code(md):
+    "Code is not markdown: the links that nbdev puts into the signatures of its own outputs are taken out again"
+    return re.sub(r'^(```+).*?^\1', lambda m: re.sub(r'\[`([^`\n]+)`\]\([^)\s]+\)', r'\1', m[0]), md, flags=re.S|re.M)
+
+def output_md(o, dest, stem, n, div, alt=''):
+    "Markdown of one output; a figure becomes the file `dest/stem_files/n.svg` or `.png`, and `alt` says what it shows"
     if o.output_type=='stream': return verbatim(o.text, div) if o.name=='stdout' else ''
     if o.output_type=='error': return ''
     for mime,ext in ('image/svg+xml','svg'), ('image/png','png'):
@@ -42,8 +46,10 @@ def output_md(o, dest, stem, n, div):
         b = ''.join(o.data[mime])
         f.write_bytes(b.encode() if ext=='svg' else base64.b64decode(b))
         w = o.get('metadata', {}).get('image/png', {}).get('width')
-        return f'![]({f.relative_to(dest).as_posix()})' + (f'{{width={w}}}' if w else '')
-    if 'text/markdown' in o.data: return ''.join(o.data['text/markdown'])
+        return f'![{alt}]({f.relative_to(dest).as_posix()})' + (f'{{width={w}}}' if w else '')
+    if 'text/markdown' in o.data:
+        md = unlink_code(''.join(o.data['text/markdown']))
+        return re.sub(r'^(```.*?^```)|^#+ ([^\n]*)', lambda m: m[1] or f'**{m[2]}**', md, flags=re.M|re.S) if md.startswith('# ') or '\n# ' in md else md   # a document shown is not a section of this page
     if 'text/html' in o.data: return '```{=html}\n' + ''.join(o.data['text/html']) + '\n```'
     return verbatim(o.data['text/plain'], div) if 'text/plain' in o.data else ''
 
@@ -62,7 +68,7 @@ def nb2md(nb, stem, dest, div=True):
                 block, fold = f'````python\n{code}\n````', d.get('code-fold', 'false')
                 if fold!='false' and div: block = f'<details{" open" if fold=="show" else ""}><summary>{d.get("code-summary", "Code").strip(chr(34))}</summary>\n\n{block}\n\n</details>'
                 parts.append(block)
-            if d.get('output')!='false': parts += [output_md(o, dest, stem, f'{i}-{j}', div) for j,o in enumerate(c.get('outputs', []))]
+            if d.get('output')!='false': parts += [output_md(o, dest, stem, f'{i}-{j}', div, d.get('fig-alt', '').strip('"')) for j,o in enumerate(c.get('outputs', []))]
     return fm, '\n\n'.join(p for p in parts if p)
 
 def link_notebooks(md, target):
@@ -70,13 +76,23 @@ def link_notebooks(md, target):
     return re.sub(r'\]\(([\w./-]+\.ipynb)(#[\w.-]+)?\)', lambda m: f']({target(m[1])}{m[2] or ""})', md)
 
 PAGE = '''<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>$pagetitle$</title><meta name="description" content="$description$"><link rel="stylesheet" href="styles.css"></head>
-<body class="moe"><header><a href="index.html">$site$</a><a class="menu" href="#contents">Contents</a><a href="$source$">Notebook</a><a href="$repo$">GitHub</a></header>
-<div class="page"><nav class="sidebar" id="contents">$sidebar$</nav>
-<main><h1>$heading$</h1>$if(description)$<p class="description">$description$</p>$endif$
+<title>$pagetitle$</title><meta name="description" content="$description$"><link rel="icon" href="data:,"><link rel="stylesheet" href="styles.css">
+<script>try { document.documentElement.style.colorScheme = localStorage.theme || '' } catch {}</script><script src="site.js" defer></script></head>
+<body class="moe"><header><a href="index.html">$site$</a>
+<div class="search"><input id="search" type="search" placeholder="Search  /" aria-label="Search" autocomplete="off"><ul id="found" hidden></ul></div>
+<button id="theme" aria-label="Light or dark" title="Light or dark">◐</button><a href="$source$">Notebook</a><a href="$repo$">GitHub</a></header>
+<div class="page"><nav class="sidebar" aria-label="Pages"><details open><summary>Contents</summary>$sidebar$</details></nav>
+<nav class="toc" aria-label="On this page">$if(toc)$<details open><summary>On this page</summary>$table-of-contents$</details>$endif$</nav>
+<main><h1>$heading$</h1>$if(lead)$<p class="description">$lead$</p>$endif$
 $body$
-<footer>$turn$</footer></main>
-<nav class="toc">$if(toc)$<b>On this page</b>$table-of-contents$$endif$</nav></div></body></html>'''
+<footer>$turn$</footer></main></div></body></html>'''
+
+def sections(page, title, text):
+    "Rows for the search: [address, page, heading, the text below it]"
+    main = re.sub(r'<(style|annotation)\b.*?</\1>', '', re.search(r'<main>(.*)<footer>', text, re.S)[1], flags=re.S)
+    parts = re.split(r'<h[1-6][^>]*?(?: id="([^"]*)")?[^>]*>(.*?)</h[1-6]>', main, flags=re.S)[1:]
+    plain = lambda s: ' '.join(html.unescape(re.sub(r'<[^>]+>', ' ', s)).split())
+    return [[page + (f'#{i}' if i else ''), title, plain(re.sub(r'</?(code|em|span|strong)[^>]*>', '', h)), plain(t)] for i,h,t in zip(parts[::3], parts[1::3], parts[2::3])]
 
 def flat(items): return [n for x in items for n in (flat(x['contents']) if isinstance(x, dict) else [x])]
 
@@ -93,7 +109,7 @@ def check_links(dest):
     ids = {k: set(re.findall(r'\bid="([^"]+)"', t)) for k,t in text.items()}
     bad = []
     for k,t in text.items():
-        for href in set(re.findall(r'<(?:a|img|link)\b[^>]*?\b(?:href|src)="([^"]+)"', t)):
+        for href in set(re.findall(r'<(?:a|img|link|script)\b[^>]*?\b(?:href|src)="([^"]+)"', t)):
             if re.match(r'[a-z]+:', href): continue
             page,_,place = href.partition('#')
             if not (dest/(page or k)).exists() or (place and place not in ids[page or k]): bad.append(f'{k}: {href}')
@@ -118,12 +134,15 @@ def site():
         md = link_notebooks(md, lambda n: pages[n][0] if n in pages else n).replace(f']({home}', '](')
         turn = [f'<a href="{pages[n][0]}">{html.escape(t.format(pages[n][1]))}</a>' if n else '<span></span>'
                 for n,t in ((order[i-1] if i else None, '← {}'), (order[i+1] if i+1<len(order) else None, '{} →'))]
-        opts = dict(site=website['title'], heading=html.escape(title), sidebar=sidebar(contents, pages, k), turn=''.join(turn),
+        says = fm.get('description', '')
+        opts = dict(site=website['title'], lead=re.sub('`(.+?)`', r'<code>\1</code>', html.escape(says, quote=False)), heading=html.escape(title), sidebar=sidebar(contents, pages, k), turn=''.join(turn),
                     repo=cfg.git_url, source=f'{cfg.git_url}/blob/{cfg.branch}/nbs/{k}')
-        pandoc(md, '-f', 'markdown', '-t', 'html5', '--standalone', '--template', tmpl, '--mathml', '--toc', '--toc-depth=3', '--wrap=preserve',
-            '-M', f'pagetitle={title}' if title==website['title'] else f'pagetitle={title} – {website["title"]}', '-M', f'description={fm.get("description", "")}',
+        pandoc(md, '-f', 'markdown-implicit_figures', '-t', 'html5', '--standalone', '--template', tmpl, '--mathml', '--toc', '--toc-depth=3', '--wrap=preserve',
+            '-M', f'pagetitle={title}' if title==website['title'] else f'pagetitle={title} – {website["title"]}', '-M', f'description={says.replace("`", "")}',
             *[a for k,v in opts.items() for a in ('-V', f'{k}={v}')], '-o', dest/out)
-    shutil.copy(cfg.nbs_path/'styles.css', dest)
+    index = [row for k in order for row in sections(*pages[k], (dest/pages[k][0]).read_text(encoding='utf-8'))]
+    (dest/'sections.js').write_text(f'SECTIONS = {json.dumps(index, ensure_ascii=False)}\n', encoding='utf-8')   # a script, for pages may not fetch files from a disk
+    for f in cfg.nbs_path/'styles.css', Path(__file__).with_name('site.js'): shutil.copy(f, dest)
     check_links(dest)
     print(f'{len(pages)} pages in {dest.name}/')
 
@@ -132,7 +151,7 @@ def readme():
     nb = read_nb(cfg.nbs_path/cfg.readme_nb)
     FilterDefaults()(nb)
     fm,md = nb2md(nb, 'index', cfg.config_path, div=False)
-    md = pandoc(link_notebooks(md, lambda n: f'nbs/{n}'), '-f', 'markdown-smart', '-t', 'gfm', '--wrap=preserve')
+    md = pandoc(link_notebooks(md, lambda n: f'nbs/{n}'), '-f', 'markdown-smart-implicit_figures', '-t', 'gfm', '--wrap=preserve')
     # the warning that nbdev puts into the page stands above the first line of prose
     md = md.replace('<!-- WARNING: THIS FILE WAS AUTOGENERATED! DO NOT EDIT! -->', '').lstrip()
     head = f'# {fm["title"]}\n\n<!-- Made from nbs/index.ipynb by `make readme`: edit there. -->\n\n'
