@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ADAPTED', 'COLUMNS', 'healing_tokens', 'carries_loss', 'pack_rows', 'Examples', 'whole_model', 'topk_of',
            'heal_losses', 'chunked_losses', 'topk_bytes', 'teacher_key', 'teacher_topk', 'TopK', 'group_of',
-           'check_groups', 'LowRank', 'matrices', 'add_adapters', 'merge_adapters', 'pack_nf4', 'autocast_experts',
-           'exact_router', 'prepare_student', 'HealTrainer', 'last_checkpoint', 'HealLog', 'log_csv', 'estimate',
-           'say_estimate', 'check_heal', 'healing_args', 'open_healing', 'write_healed', 'Healed', 'heal_table',
-           'plot_healing', 'train_student', 'heal']
+           'check_groups', 'matrices', 'add_adapters', 'merge_adapters', 'pack_nf4', 'autocast_experts', 'exact_router',
+           'prepare_student', 'HealTrainer', 'last_checkpoint', 'HealLog', 'log_csv', 'estimate', 'say_estimate',
+           'check_heal', 'healing_args', 'open_healing', 'write_healed', 'Healed', 'heal_table', 'plot_healing',
+           'train_student', 'heal']
 
 # %% ../nbs/08_heal.ipynb #h0000003
 import hashlib, json, math, os, re, shutil, sys, time
@@ -245,24 +245,6 @@ def check_groups(
     return names
 
 # %% ../nbs/08_heal.ipynb #h0000044
-class LowRank(nn.Module):
-    "LoRA or DoRA on stacked matrices, as a parametrization."
-    def __init__(self,
-        w:torch.Tensor,  # [E, out, in]
-        r:int,           # rank
-        scale=2.,        # alpha / r
-        dora=False,      # train the norm of every row too
-    ):
-        super().__init__()
-        (e, o, i), new = w.shape, partial(torch.empty, dtype=torch.float32, device=w.device)
-        self.a, self.b, self.scale = nn.Parameter(new(e, r, i)), nn.Parameter(torch.zeros_like(new(e, o, r))), scale
-        nn.init.uniform_(self.a, -i**-.5, i**-.5)                              # as peft starts it; b = 0 changes nothing
-        self.m = nn.Parameter(w.detach().float().norm(dim=-1)) if dora else None
-    def forward(self, w): # [E, out, in] -> the same
-        v = w + self.scale*(self.b @ self.a).to(w.dtype)
-        if self.m is None: return v
-        return v * (self.m/v.detach().float().norm(dim=-1).clamp_min(1e-12))[...,None].to(w.dtype)   # the norm carries no gradient, as in the paper (Liu et al. 2024)
-
 def matrices(
     model:nn.Module, groups:set, # of `GROUPS`
 ) -> list: # (module's name, module, parameter's name)
@@ -288,10 +270,7 @@ def merge_adapters(
 ):
     "Write adapters into plain weights, in place; a packed base becomes floats first."
     from peft.tuners.tuners_utils import BaseTunerLayer
-    for m in list(model.modules()):
-        for k in list(getattr(m, 'parametrizations', {})):
-            w = getattr(m, k).detach().clone()
-            P.remove_parametrizations(m, k, leave_parametrized=False); setattr(m, k, nn.Parameter(w, requires_grad=False))
+    merge_parametrizations(model)
     for n,m in list(model.named_modules()):
         if not isinstance(m, BaseTunerLayer): continue
         m.merge(); parent, _, leaf = n.rpartition('.')
