@@ -71,6 +71,15 @@ def test_it_stops_early_and_goes_back_to_the_best(layer, monkeypatch):
     losses = distill(b, few, 400, lr=2e-2, held=held, patience=2, every=5)
     assert len(losses)==5*len(looks)<400 and looks[-2:]>[min(looks)]*2 and block_loss(b, *held).item()==min(looks)
 
+def test_a_learning_rate_is_found(layer):
+    "One that blows up is out, none at all is said; the block stays as it was"
+    moe, x, y, stats = layer; b = slim_moe(moe, stats.usefulness, .5); before = state(b)
+    few, held = lambda s: (x[:256], y[:256]), (x[256:], y[256:])
+    best, found = find_lr(b, few, held, 10, (1e-5, 3e-4, 1e20))
+    c = slim_moe(moe, stats.usefulness, .5); distill(c, few, 10, 3e-4)
+    assert set(found)=={1e-5, 3e-4} and found[3e-4]==block_loss(c, *held).item() and best==min(found, key=found.get) and not changed(before, state(b))
+    with pytest.raises(BadInput, match='diverges at every learning rate of 1e'): find_lr(b, few, held, 10, (1e20, 1e25))
+
 # by halves
 
 def test_all_cores_are_the_teacher(layer):
@@ -108,6 +117,12 @@ def test_killed_and_resumed(layer, tmp_path, monkeypatch):
     assert set(load_file(d/'cores-000002.safetensors'))>={'groups', 'gate_up_proj', 'down_proj', 'shared_experts.down_proj.weight'}
 
 healing_distill = distill
+
+def test_steps_are_shared_out(layer, monkeypatch):
+    moe, x, y, _ = layer; seen = []
+    monkeypatch.setattr(healing, 'distill', lambda moe, sample, steps, lr: seen.append(steps))
+    for n,steps,kw in (2, 100, {}), (2, 99, dict(last=1/3)), (8, 10, {}), (2, 1, {}): merge_and_recover(moe, n, x, y, steps, **kw); seen.append('|')
+    assert seen==[10,10,80,'|', 33,33,33,'|', 10,'|', 0,0,1,'|'], seen
 
 @pytest.mark.parametrize('n', [0, 17])
 def test_sizes_that_cannot_be(n, layer):
