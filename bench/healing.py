@@ -6,7 +6,7 @@
 
 TEACHER is a checkpoint, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.valid.jsonl.gz. Studies (--only, divided by commas):
 
-    main    slim and REAP at a quarter, an eighth and a sixteenth of the routed weights, three seeds, 20 M tokens
+    main    slim, REAP, HC-SMoE and the seeds' recipe at a quarter, an eighth and a sixteenth of the routed weights, three seeds, 20 M tokens
     lr      the peak learning rate, for both kinds alike; 5 M tokens, seed 0
     parts   slim at a quarter: layer by layer only, end to end only, both, each with 5 M tokens in all
     loss    cross-entropy only, KL only, both
@@ -14,7 +14,7 @@ TEACHER is a checkpoint, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.val
     speed   tokens a second and TFLOP/s beside a plain forward and backward pass of the stock model
 
 Students are made once (WORK/students), the teacher is asked once (WORK/cache), a job that was cut off goes on from its checkpoint, and
-no job starts after --minutes. Other students, as stock checkpoints: --student NAME=FOLDER, which take part in `main`.
+no job starts after --minutes. Other students: --student NAME=FOLDER, which take part in `main`.
 """
 import argparse, json, sys, time
 from pathlib import Path
@@ -30,10 +30,10 @@ M = 10**6
 def jobs(a):
     "(study, student, settings of `heal`, seed)"
     seeds = range(a.seeds)
-    base = dict(tokens=a.tokens, lr=a.lr)
+    base = dict(tokens=a.tokens, lr=a.lr) | (dict(live_teacher=True) if a.live_teacher else {})
     for keep in .25, .125, .0625:
         for seed in seeds:
-            for kind in 'slim', 'reap': yield 'main', dict(method=kind, keep=keep), base, seed
+            for kind in 'slim', 'reap', 'hc_smoe', 'seeds': yield 'main', dict(method=kind, keep=keep), base, seed
             for name,folder in a.students.items(): yield 'main', dict(folder=folder, name=name), base, seed
     for lr in 1e-4, 2e-4, 5e-4, 1e-3, 2e-3:
         for kind in 'slim', 'reap': yield 'lr', dict(method=kind, keep=.25), dict(tokens=5*M, lr=lr), 0
@@ -138,6 +138,7 @@ if __name__=='__main__':
     p.add_argument('--calibration-tokens', type=int, default=262144); p.add_argument('--eval-tokens', type=int, default=262144)
     p.add_argument('--minutes', type=float, default=5); p.add_argument('--work', type=Path, default=Path('healing_work')); p.add_argument('--student', action='append', default=[], metavar='NAME=FOLDER')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--verbose', action='store_true')
+    p.add_argument('--live-teacher', action='store_true', help='hold the teacher in memory instead of a cache of its predictions, 130 bytes each')
     a = p.parse_args()
     a.out, a.start, a.students = Path(a.args[-1]), time.time(), dict(s.split('=', 1) for s in a.student)
     rows = json.loads(a.out.read_text()) if a.out.exists() else []

@@ -302,10 +302,12 @@ def weight(self:Checkpoint,
 # %% ../nbs/00_awq_loading.ipynb #586fab97
 def empty_model(
     ck:Checkpoint, # any supported checkpoint
+    fused=False,   # a fused student will do too
 ): # a `transformers` causal language model without weights, in eval mode
     "Build the model on the meta device."
-    check_supported(ck.config)
+    check_supported(ck.config, fused)
     kind = stock_type(ck.config)
+    if kind not in CONFIG_MAPPING: raise BadInput(f'{ck.folder}: model_type {kind!r} is known once moe_fuse.fused_model is imported')
     config = CONFIG_MAPPING[kind].from_dict({k:v for k,v in ck.config.items() if k not in ('quantization_config', 'auto_map', 'dtype', 'torch_dtype')} | dict(model_type=kind))
     with torch.device('meta'): model = AutoModelForCausalLM.from_config(config)
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -355,13 +357,13 @@ def load_module(
     device='cpu',
 ) -> nn.Module: # `module`
     "Give one module its weights."
-    state, family = {}, check_supported(ck.config)
+    state, family = {}, check_supported(ck.config, fused=True)
     for k,p in module.state_dict().items():
         name = disk_name(f'{prefix}.{k}', family)
         if k.endswith('experts.gate_up_proj') and name not in ck and family.matrices:
             state[k], state[k.replace('gate_up', 'down')] = load_experts(ck, name.removesuffix('gate_up_proj'), p.shape, dtype, device)
         elif k not in state:
-            state[k] = ck.weight(name, torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
+            state[k] = ck.weight(name, p.dtype if not p.is_floating_point() else torch.float32 if k.endswith('e_score_correction_bias') else dtype, device)
             if state[k].shape != p.shape: raise BadInput(f'{ck.folder}: {name} is {list(state[k].shape)}, the config says {list(p.shape)}')
     module.load_state_dict(state, assign=True)
     ck.release()

@@ -306,20 +306,21 @@ class Baseline(NamedTuple):
     layout: str     # one of `LAYOUTS`
     rich: bool      # stats are `ExpertStats`
     inputs: bool    # x [S, H] is a sample of the layer's inputs
-    pruned: bool=False # router rows are dropped too
+    pruned: bool=False # router rows are dropped too: a stock block
+    fused: bool=False  # a `FusedMoE` behind the router as it is
 
 BASELINES = dict(
     random=Baseline('random pruning', random_pruning, 'whole', False, False, True),
     frequency=Baseline('frequency pruning', frequency_pruning, 'whole', False, False, True),
     mone=Baseline('MoNE', mone, 'novices', True, False),
-    hc_smoe=Baseline('HC-SMoE', hc_smoe, 'whole', False, True),
-    m_smoe=Baseline('M-SMoE', m_smoe, 'whole', False, True),
-    merge_moe=Baseline('MergeMoE', merge_moe, 'whole', False, True),
+    hc_smoe=Baseline('HC-SMoE', hc_smoe, 'whole', False, True, fused=True),
+    m_smoe=Baseline('M-SMoE', m_smoe, 'whole', False, True, fused=True),
+    merge_moe=Baseline('MergeMoE', merge_moe, 'whole', False, True, fused=True),
     ream=Baseline('REAM-style', ream, 'whole', False, True, True),
     svd=Baseline('SVD of each expert', svd_experts, 'lowrank', True, True),
     d2_moe=Baseline('D2-MoE-style', d2_moe, 'base', True, True),
-    seeds=Baseline('Multi-SLERP + mixture', seed_recipe, 'multiplex_mixture', True, False),
-    fused=Baseline('fused, exact mixture', fused, 'exact', True, False),
-    random_groups=Baseline('fused, random groups', fused_at_random, 'exact', True, False),
+    seeds=Baseline('Multi-SLERP + mixture', seed_recipe, 'multiplex_mixture', True, False, fused=True),
+    fused=Baseline('fused, exact mixture', fused, 'exact', True, False, fused=True),
+    random_groups=Baseline('fused, random groups', fused_at_random, 'exact', True, False, fused=True),
     static=Baseline('fused, static mix', static_mix, 'exact', True, False),
     shuffled=Baseline('fused, shuffled gates', shuffled_gates, 'exact', True, False))

@@ -13,6 +13,7 @@ from torch import nn
 
 from .awq_loading import *
 from .calibration import *
+from .fused_model import *                                            # `transformers` knows fused students from here on
 from .headers import *
 
 # %% ../nbs/07_evaluation.ipynb #553fa2f5
@@ -38,12 +39,12 @@ def compare(
 
 # %% ../nbs/07_evaluation.ipynb #9f8fcc7e
 def logits_of(
-    ck:Checkpoint,   # any supported checkpoint
+    ck:Checkpoint,   # any supported checkpoint, or a fused student
     tokens:TokenSet, # T tokens
     device='cpu',
 ): # function of (a, b) that gives logits [b-a, V]
     "Run a checkpoint over all tokens and keep its last states in memory."
-    model = empty_model(ck)
+    model = empty_model(ck, fused=True)
     if tokens.ids.max() >= model.config.vocab_size: raise BadInput(f'{ck.folder}: token {int(tokens.ids.max())} is outside the vocabulary of {model.config.vocab_size}')
     states = States(len(tokens), model.config.hidden_size)
     embed_tokens(ck, tokens.ids, states)
@@ -61,7 +62,7 @@ def evaluate(
 ) -> dict: # as `compare`
     "Compare a student with its teacher on held-out text, with the teacher's tokenizer."
     s, t = (Checkpoint(resolve_source(x)) for x in (student, against))
-    check_supported(s.config); check_supported(t.config)
+    for ck in s, t: check_supported(ck.config, fused=True)
     if s.config['vocab_size']!=t.config['vocab_size']: raise BadInput(f"vocabularies differ: {s.config['vocab_size']} and {t.config['vocab_size']} tokens")
     tokens = sample_tokens(read_docs(data, 'valid'), load_tokenizer(t.folder), n_tokens, min(512, t.config.get('max_position_embeddings') or 512))
     return compare(tokens, logits_of(t, tokens, device), logits_of(s, tokens, device))

@@ -86,6 +86,7 @@ def grouped(
     ends:Tensor, # [n] int32, where the rows of each group end
 ) -> Tensor:     # [P, out] of w's dtype; undefined behind the last end
     "Each row times its group's matrix; in bfloat16 nobody waits for the group sizes."
+    if torch.is_autocast_enabled(x.device.type): w = w.to(torch.get_autocast_dtype(x.device.type))   # which knows no products of ours
     if x.shape[1]!=w.shape[2]: raise ValueError(f'rows of {x.shape[1]} do not fit matrices {list(w.shape)}')   # padding would hide it
     x = x.to(w.dtype)
     if w.dtype!=torch.bfloat16: return grouped_rows(x, w.transpose(1, 2), ends)

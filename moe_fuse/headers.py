@@ -148,7 +148,8 @@ FAMILIES = dict(deepseek_v2=Family('DeepseekV2ForCausalLM', 'n_routed_experts', 
                 glm4_moe=Family('Glm4MoeForCausalLM', 'n_routed_experts', shared='n_shared_experts'),
                 gpt_oss=Family('GptOssForCausalLM', 'num_local_experts', 'intermediate_size', matrices=()))
 SUPPORTED = {k: f.architecture for k,f in FAMILIES.items()}
-FUSED_FAMILIES = {f'fused_{k}': FAMILIES[k]._replace(architecture=f'Fused{FAMILIES[k].architecture}') for k in ('deepseek_v2', 'deepseek_v3')}   # written here, and only `inspect` reads them
+FUSED_FAMILIES = {f'fused_{k}': FAMILIES[k]._replace(architecture=f'Fused{FAMILIES[k].architecture}') for k in ('deepseek_v2', 'deepseek_v3')}   # written here; read to be evaluated and healed, and not shrunk again
+FAMILIES |= FUSED_FAMILIES
 
 def experts_key(
     config:dict, # config.json
@@ -161,16 +162,17 @@ def stock_type(
     config:dict, # config.json
 ) -> str: # the model_type under which `transformers` has the code
     "Kimi-K2 is DeepSeek-V3 to `transformers`; every other family has a name of its own."
-    return next(k for k,f in FAMILIES.items() if f.architecture==SUPPORTED[config['model_type']])
+    return next(k for k,f in FAMILIES.items() if f.architecture==FAMILIES[config['model_type']].architecture)
 
 # %% ../nbs/00_headers.ipynb #d223ab33
 def check_supported(
     config:dict, # config.json
+    fused=False, # a fused student will do too
 ) -> Family:
     "Refuse an architecture that can't be read exactly, by name."
     t = config.get('model_type')
-    if t not in SUPPORTED: raise BadInput(f'model_type {t!r} is not supported; supported: {", ".join(SUPPORTED)}')
-    for k in 'num_hidden_layers', 'hidden_size', experts_key(config), FAMILIES[t].width, 'num_experts_per_tok', 'vocab_size':
+    if t not in SUPPORTED and not (fused and t in FUSED_FAMILIES): raise BadInput(f'model_type {t!r} is not supported; supported: {", ".join(SUPPORTED)}')
+    for k in 'num_hidden_layers', 'hidden_size', experts_key(config), FAMILIES[t].width, 'num_experts_per_tok', 'vocab_size', *(['n_cores'] if t in FUSED_FAMILIES else []):
         if type(config.get(k)) is not int or config[k]<1: raise BadInput(f'config.json: {k} is {config.get(k)!r}, it must be a positive integer')
     return FAMILIES[t]
 
@@ -218,8 +220,8 @@ def inspect(
     ck:Checkpoint, # any supported checkpoint
 ) -> dict: # architecture, layers, experts, formats, parameters by part, total and active, bytes
     "What a checkpoint is, exactly, from headers alone."
-    c = ck.config; f = FUSED_FAMILIES.get(c.get('model_type')) or check_supported(c)
-    n, k = c[f.experts if 'n_cores' in c else experts_key(c)], c['num_experts_per_tok']
+    c = ck.config; f = check_supported(c, fused=True)
+    n, k = c[experts_key(c)], c['num_experts_per_tok']
     params, nbytes, formats, routed, idle = defaultdict(int), defaultdict(int), defaultdict(int), set(), 0
     for name,e in ck.entries.items():
         part, size = part_of(name, c['num_hidden_layers']), (e.end-e.start)//ITEM_BYTES[e.dtype]

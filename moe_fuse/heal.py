@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GROUPS', 'ADAPTED', 'COLUMNS', 'healing_tokens', 'carries_loss', 'pack_rows', 'Examples', 'whole_model', 'topk_of',
            'heal_losses', 'chunked_losses', 'topk_bytes', 'teacher_key', 'teacher_topk', 'TopK', 'group_of',
-           'check_groups', 'LowRank', 'matrices', 'add_adapters', 'merge_adapters', 'pack_nf4', 'autocast_experts',
-           'exact_router', 'prepare_student', 'HealTrainer', 'last_checkpoint', 'HealLog', 'log_csv', 'estimate',
-           'say_estimate', 'check_heal', 'healing_args', 'open_healing', 'write_healed', 'Healed', 'heal_table',
-           'plot_healing', 'train_student', 'heal']
+           'check_groups', 'matrices', 'add_adapters', 'merge_adapters', 'pack_nf4', 'autocast_experts', 'exact_router',
+           'prepare_student', 'HealTrainer', 'last_checkpoint', 'HealLog', 'log_csv', 'estimate', 'say_estimate',
+           'check_heal', 'healing_args', 'open_healing', 'write_healed', 'Healed', 'heal_table', 'plot_healing',
+           'train_student', 'heal']
 
 # %% ../nbs/08_heal.ipynb #h0000003
-import hashlib, json, math, os, shutil, sys, time
+import hashlib, json, math, os, re, shutil, sys, time
 from bisect import bisect_left, insort
 from functools import partial
 from importlib.util import find_spec
@@ -34,6 +34,7 @@ from .awq_loading import *
 from .calibration import *
 from .checkpoint import *
 from .evaluation import *
+from .fused_files import *
 from .headers import *
 from .healing import *
 from .streaming import *
@@ -114,12 +115,12 @@ class Examples(torch.utils.data.Dataset):
 
 # %% ../nbs/08_heal.ipynb #h0000024
 def whole_model(
-    ck:Checkpoint,        # any supported checkpoint
+    ck:Checkpoint,        # any supported checkpoint, or a fused student
     dtype=torch.float32,  # of the weights
     device='cpu',
 ): # a stock `transformers` model, frozen, in eval mode
     "All of a checkpoint in memory, whatever it is packed in."
-    model = empty_model(ck)
+    model = empty_model(ck, fused=True)
     load_module(ck, model.model, 'model', dtype, device)
     if 'lm_head.weight' in ck: load_module(ck, model.lm_head, 'lm_head', dtype, device)
     else: model.lm_head.weight = model.model.embed_tokens.weight
@@ -230,6 +231,7 @@ def group_of(
     name:str, # of a parameter in memory
 ) -> str: # a key of `GROUPS`
     "The group that a parameter is trained with."
+    name = re.sub(r'\.parametrizations\.(\w+)\..*', r'.\1', name)             # with an adapter or in four bits
     if 'norm' in name.split('.')[-2]: return 'norms'                           # also those inside attention
     if '.shared_expert_gate.' in name: return 'router'
     return next((g for g,parts in GROUPS.items() if part_of(name, 10**9) in parts), 'attention')
@@ -243,29 +245,11 @@ def check_groups(
     return names
 
 # %% ../nbs/08_heal.ipynb #h0000044
-class LowRank(nn.Module):
-    "LoRA or DoRA on stacked matrices, as a parametrization."
-    def __init__(self,
-        w:torch.Tensor,  # [E, out, in]
-        r:int,           # rank
-        scale=2.,        # alpha / r
-        dora=False,      # train the norm of every row too
-    ):
-        super().__init__()
-        (e, o, i), new = w.shape, partial(torch.empty, dtype=torch.float32, device=w.device)
-        self.a, self.b, self.scale = nn.Parameter(new(e, r, i)), nn.Parameter(torch.zeros_like(new(e, o, r))), scale
-        nn.init.uniform_(self.a, -i**-.5, i**-.5)                              # as peft starts it; b = 0 changes nothing
-        self.m = nn.Parameter(w.detach().float().norm(dim=-1)) if dora else None
-    def forward(self, w): # [E, out, in] -> the same
-        v = w + self.scale*(self.b @ self.a).to(w.dtype)
-        if self.m is None: return v
-        return v * (self.m/v.detach().float().norm(dim=-1).clamp_min(1e-12))[...,None].to(w.dtype)   # the norm carries no gradient, as in the paper (Liu et al. 2024)
-
 def matrices(
     model:nn.Module, groups:set, # of `GROUPS`
 ) -> list: # (module's name, module, parameter's name)
-    "The matrices of some groups: what an adapter goes on, or what is packed in four bits."
-    return [(n, m, k) for n,m in model.named_modules() for k,p in m.named_parameters(recurse=False) if p.dim()>1 and group_of(f'{n}.{k}') in groups]
+    "The matrices of some groups: what an adapter goes on, or what is packed in four bits; a fused block's corrections are small already."
+    return [(n, m, k) for n,m in model.named_modules() for k,p in m.named_parameters(recurse=False) if p.dim()>1 and k in ('weight', 'gate_up_proj', 'down_proj') and group_of(f'{n}.{k}') in groups]
 
 ADAPTED = {'experts', 'attention', 'dense'}
 
@@ -286,10 +270,7 @@ def merge_adapters(
 ):
     "Write adapters into plain weights, in place; a packed base becomes floats first."
     from peft.tuners.tuners_utils import BaseTunerLayer
-    for m in list(model.modules()):
-        for k in list(getattr(m, 'parametrizations', {})):
-            w = getattr(m, k).detach().clone()
-            P.remove_parametrizations(m, k, leave_parametrized=False); setattr(m, k, nn.Parameter(w, requires_grad=False))
+    merge_parametrizations(model)
     for n,m in list(model.named_modules()):
         if not isinstance(m, BaseTunerLayer): continue
         m.merge(); parent, _, leaf = n.rpartition('.')
@@ -353,11 +334,12 @@ def prepare_student(
     if adapted: add_adapters(model, adapted, adapter, rank)
     for n,p in model.named_parameters():
         new, g = '.lora_' in n or ('.parametrizations.' in n and not n.endswith('.original')), group_of(n)
-        p.requires_grad_(p.is_floating_point() and (new or g in groups and not (adapted and g in ADAPTED)))
+        whole = not adapted or g not in ADAPTED or re.search(FUSED_WEIGHT, n)    # beside adapters, a fused block's corrections
+        p.requires_grad_(p.is_floating_point() and bool(new or g in groups and whole))
         if p.requires_grad or g=='router': p.data = p.data.float()
     if hasattr(model, 'set_experts_implementation'): model.set_experts_implementation('autocast_grouped_mm')
     for m in model.modules():
-        if hasattr(m, 'experts') and hasattr(m, 'gate'): exact_router(m.gate)
+        if hasattr(m, 'gate'): exact_router(m.gate)
     return model.train()
 
 # %% ../nbs/08_heal.ipynb #h0000051
@@ -503,7 +485,7 @@ def check_heal(
 ):
     "Refuse what can't work, before it costs anything."
     r = recipe
-    for ck in s, t: check_supported(ck.config)
+    check_supported(s.config, fused=True); check_supported(t.config)
     if not FAMILIES[s.config['model_type']].matrices: raise BadInput(f"model_type {s.config['model_type']!r} can't be written, so it can't be healed")
     if s.config['vocab_size']!=t.config['vocab_size']: raise BadInput(f"vocabularies differ: {s.config['vocab_size']} and {t.config['vocab_size']} tokens")
     if (s.folder/'tokenizer.json').exists() and load_tokenizer(s.folder).get_vocab()!=load_tokenizer(t.folder).get_vocab(): raise BadInput(f'vocabularies differ: the tokenizers of {s.folder} and {t.folder} give words different numbers')
@@ -567,6 +549,7 @@ def write_healed(
         writer.write(i, {k: v.detach().cpu().to(DTYPES[s[k].dtype] if k in s else torch.bfloat16).clone(memory_format=torch.contiguous_format) for k,v in tensors.items()})
     put(0, {k: v for k,v in model.state_dict().items() if '.layers.' not in k and k in s})
     for i,layer in enumerate(model.model.layers): put(i+1, layer_tensors(layer, f'model.layers.{i}.', torch.float32))
+    if s.config['model_type'] in FUSED_FAMILIES: write_atomic(writer.partial/MODELLING, modelling_source())
     return writer.close(s.config, s.folder)
 
 # %% ../nbs/08_heal.ipynb #h0000062

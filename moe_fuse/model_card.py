@@ -22,7 +22,7 @@ def layout_of(
     "The layout and its size."
     if 'n_cores' in config: return f"Fused-{config['n_cores']}E"
     if method=='unfolded': return f'Unfolded-{config[experts_key(config)]}E'
-    return f'Pruned-{config[experts_key(config)]}E' if method=='reap' else f"Slim-r{config[check_supported(config).width]}"
+    return f"Slim-r{config[check_supported(config).width]}" if method=='slim' else f'Pruned-{config[experts_key(config)]}E'
 
 def card_name(
     source:str,  # the teacher, as the run was given it

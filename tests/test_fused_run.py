@@ -7,7 +7,7 @@ from moe_fuse.fused_files import *
 from moe_fuse.fused_model import *
 from moe_fuse.headers import *
 from moe_fuse.multiplex_lora import FusedMoE
-from moe_fuse.pipeline import compress, compress_and_heal
+from moe_fuse.pipeline import compress
 from moe_fuse.streaming import layer_bytes
 from tiny_models import *
 
@@ -200,7 +200,3 @@ def test_other_families_are_refused_by_name(method, small, tmp_path):
     src = write(tmp_path/'t', *tiny(config))
     with pytest.raises(BadInput, match="model_type 'qwen3_moe' has no fused model"): small(src, tmp_path/'s', method=method, keep=.5)
     assert [f.name for f in tmp_path.iterdir()]==['t']
-
-def test_not_healed_yet(teachers, tmp_path):
-    with pytest.raises(BadInput, match='not healed end to end yet'): compress_and_heal(teachers['deepseek_v3'], tmp_path/'s', 65536, method='fused')
-    assert not list(tmp_path.iterdir())
