@@ -101,7 +101,8 @@ def hub_set(
     src:str, # as it was written
 ): # HubSet, or None if it is a file or not a set at all
     "The set of documents that a name stands for."
-    if src in HUB and not Path(src).exists(): return HUB[src]
+    name, _, revision = src.partition('@')
+    if name in HUB and not Path(src).exists(): return HUB[name]._replace(revision=revision) if revision else HUB[name]
     m = re.fullmatch(r'([\w.-]+/[\w.-]+)@([\w./-]+?)(?:#(?:([\w.-]+)/)?([\w.-]+))?', src)
     if Path(src).is_dir(): return HubSet(src, None, None, 'train', None, dict)
     if m and not Path(src).exists(): return HubSet(m[1], m[2], m[3], m[4] or 'train', m[4] or 'train', dict)
@@ -130,7 +131,7 @@ def read_hub(
     except ImportError: raise BadInput(f"{name}: sets of documents need the extra `data`: pip install 'moe_fuse[data]'") from None
     try: commit = commit_of(s); rows = load_dataset(s.id, s.config, split=getattr(s, split), revision=commit)
     except Exception as e: raise BadInput(f'{name}: can\'t be loaded ({type(e).__name__}: {(str(e).splitlines() or [""])[0]})') from None
-    origin, domain, docs = f'{s.id}@{commit}' if commit else s.id, name if name in HUB else Path(s.id).name.split('.')[0], []
+    origin, domain, docs = f'{s.id}@{commit}' if commit else s.id, short if (short := name.partition('@')[0]) in HUB else Path(s.id).name.split('.')[0], []
     for i in _draw(len(rows), count, seed, name):
         try: docs.append(as_document(s.row(rows[i]), domain, origin, f'{origin}: row {i}'))
         except KeyError as e: raise BadInput(f'{origin}: has no column {e}') from None

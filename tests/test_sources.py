@@ -86,6 +86,8 @@ def test_sets_with_short_names_are_read_as_they_lie_on_the_hub(tmp_path):
         assert [d['messages'][:4] for d in docs]==[CHAT]*4 and all(d['messages'][4]['content'].startswith(s) for d in docs) and {d['domain'] for d in docs}=={'ultrachat'}
     l.mkdir(); (l/'limo.jsonl').write_text(lines(dict(question=f'{i}+{i}?', solution=f'so {2*i}', answer=str(2*i)) for i in range(817)))
     docs = read_hub(HUB['limo']._replace(id=str(l), revision=None), 'limo', 'train')
+    named = read_hub(HUB['limo']._replace(id=str(l), revision=None), 'limo@0123abc', 'train', 3)
+    assert {d['domain'] for d in named}=={'limo'}                              # counted under the same name whatever the revision
     assert len(docs)==817 and docs[3]['messages']==[dict(role='user', content='3+3?'), dict(role='assistant', content='so 6')] and docs[3]['where'].endswith('row 3')
     r.mkdir()
     for c in 'nonreasoning', 'reasoning-deepseek': (r/f'dolphin-r1-{c}.jsonl').write_text(lines([dict(messages=CHAT[:1], reasoning='Hm.', answer='It counts.', model='x')]))
