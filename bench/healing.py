@@ -8,13 +8,15 @@ TEACHER is a checkpoint, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.val
 
     main    slim, REAP, HC-SMoE and the seeds' recipe at a quarter, an eighth and a sixteenth of the routed weights, three seeds, 20 M tokens
     lr      the peak learning rate, for both kinds alike; 5 M tokens, seed 0
+    settings  weight of the KL, learning rate, tokens a step, words of the teacher, what is trained, and whether layers were distilled before; slim at a quarter, 5 and 20 M tokens
     parts   slim at a quarter: layer by layer only, end to end only, both, each with 5 M tokens in all
     loss    cross-entropy only, KL only, both
     train   what is trained: experts, with norms, with routers, all
     speed   tokens a second and TFLOP/s beside a plain forward and backward pass of the stock model
 
 Students are made once (WORK/students), the teacher is asked once (WORK/cache), a job that was cut off goes on from its checkpoint, and
-no job starts after --minutes. Other students: --student NAME=FOLDER, which take part in `main`.
+no job starts after --minutes. --keeps, --methods and --seeds take a part of `main`, so that several commands share a card, each with an OUT
+and a WORK of its own; given several OUT alone, the tables are of all. Other students: --student NAME=FOLDER, which take part in `main`.
 """
 import argparse, json, sys, time
 from pathlib import Path
@@ -29,15 +31,20 @@ from moe_fuse.pipeline import compress
 M = 10**6
 def jobs(a):
     "(study, student, settings of `heal`, seed)"
-    seeds = range(a.seeds)
-    base = dict(tokens=a.tokens, lr=a.lr) | (dict(live_teacher=True) if a.live_teacher else {})
-    for keep in .25, .125, .0625:
+    seeds = [int(s) for s in a.seeds.split(',')]
+    base = dict(tokens=a.tokens, lr=a.lr, kd=a.kd, top_k=a.top_k, train=a.train, batch_tokens=a.batch_tokens) | (dict(live_teacher=True) if a.live_teacher else {})
+    for keep in map(float, a.keeps.split(',')):
         for seed in seeds:
-            for kind in 'slim', 'reap', 'hc_smoe', 'seeds': yield 'main', dict(method=kind, keep=keep), base, seed
+            for kind in a.methods.split(','): yield 'main', dict(method=kind, keep=keep), base, seed
             for name,folder in a.students.items(): yield 'main', dict(folder=folder, name=name), base, seed
     for lr in 1e-4, 2e-4, 5e-4, 1e-3, 2e-3:
-        for kind in 'slim', 'reap': yield 'lr', dict(method=kind, keep=.25), dict(tokens=5*M, lr=lr), 0
+        for kind in 'slim', 'reap': yield 'lr', dict(method=kind, keep=.25), base | dict(tokens=5*M, lr=lr), 0
     slim = dict(method='slim', keep=.25)
+    live = dict(live_teacher=True)
+    for tokens,kd,lr,batch,k,train,steps in [(5,.5,1e-3,16384,32,'experts,norms',0), (5,1.,1e-3,16384,32,'experts,norms',0), (5,1.,2e-3,16384,32,'experts,norms',0), (5,1.,4e-3,16384,32,'experts,norms',0),
+            (5,1.,2e-3,8192,32,'experts,norms',0), (5,1.,1e-3,4096,32,'experts,norms',0), (5,1.,2e-3,16384,32,'all',0), (5,1.,2e-3,16384,256,'all',0), (5,1.,1e-3,8192,32,'all',0), (5,1.,2e-3,4096,32,'all',0),
+            (5,1.,2e-3,16384,32,'experts,norms',400), (5,1.,2e-3,16384,32,'all',400), (20,1.,2e-3,16384,32,'all',0), (20,1.,4e-3,16384,32,'all',0), (20,1.,4e-3,16384,32,'all',400)]:
+        yield 'settings', slim | (dict(distill_steps=steps) if steps else {}), dict(tokens=tokens*M, kd=kd, lr=lr, batch_tokens=batch, top_k=k, train=train, spike=20., **live), 0
     for seed in seeds:
         layers = torch.tensor(5*M//2048).item()                                # steps of 2,048 tokens: each layer sees 5 M
         yield 'parts', slim | dict(distill_steps=layers), None, seed
@@ -73,7 +80,7 @@ def study(a, rows, only):
             if out.exists(): import shutil; shutil.rmtree(out)
             here = a.work/'job.json'; same = here.exists() and here.read_text()==json.dumps(job)
             if not same: import shutil; shutil.rmtree(a.work/'healed.partial', ignore_errors=True); write_atomic(here, json.dumps(job))
-            row |= short(heal(s, out, a.teacher, text[0], eval_data=text[1], eval_tokens=a.eval_tokens, cache=a.work/'cache', seed=seed, batch_tokens=a.batch_tokens, device=a.device,
+            row |= short(heal(s, out, a.teacher, text[0], eval_data=text[1], eval_tokens=a.eval_tokens, cache=a.work/'cache', seed=seed, device=a.device,
                               resume=same, quiet=not a.verbose, **settings).report)
         rows.append(row); a.out.parent.mkdir(exist_ok=True, parents=True); write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
         print(job, {k: round(row[k]['mean']['kl'], 4) for k in ('before', 'after') if k in row}, f"{row.get('recovered') or 0:.1%}", f"{row.get('train_seconds', 0):.0f} s", flush=True)
@@ -133,16 +140,20 @@ if __name__=='__main__':
     from moe_fuse.calibration import *
     from transformers import TrainerCallback
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument('args', nargs='+', help='TEACHER DATA OUT, or OUT alone'); p.add_argument('--only', default='main'); p.add_argument('--seeds', type=int, default=3)
-    p.add_argument('--tokens', type=int, default=20*M); p.add_argument('--lr', type=float, default=2e-4); p.add_argument('--batch-tokens', type=int, default=16384)
+    p.add_argument('args', nargs='+', help='TEACHER DATA OUT, or OUTs alone'); p.add_argument('--only', default='main'); p.add_argument('--seeds', default='0,1,2')
+    p.add_argument('--keeps', default='0.25,0.125,0.0625'); p.add_argument('--methods', default='slim,reap,hc_smoe,seeds')
+    p.add_argument('--kd', type=float, default=1.); p.add_argument('--top-k', type=int, default=256); p.add_argument('--train', default='all')
+    p.add_argument('--tokens', type=int, default=20*M); p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--batch-tokens', type=int, default=8192)
     p.add_argument('--calibration-tokens', type=int, default=262144); p.add_argument('--eval-tokens', type=int, default=262144)
     p.add_argument('--minutes', type=float, default=5); p.add_argument('--work', type=Path, default=Path('healing_work')); p.add_argument('--student', action='append', default=[], metavar='NAME=FOLDER')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--verbose', action='store_true')
     p.add_argument('--live-teacher', action='store_true', help='hold the teacher in memory instead of a cache of its predictions, 130 bytes each')
     a = p.parse_args()
     a.out, a.start, a.students = Path(a.args[-1]), time.time(), dict(s.split('=', 1) for s in a.student)
-    rows = json.loads(a.out.read_text()) if a.out.exists() else []
-    if len(a.args)==3:
+    alone = all(x.endswith('.json') for x in a.args)
+    rows = [r for x in (a.args if alone else a.args[-1:]) if Path(x).exists() for r in json.loads(Path(x).read_text())]
+    if not alone:
+        if len(a.args)!=3: p.error('TEACHER DATA OUT, or OUTs alone')
         a.teacher, a.data = a.args[0], Path(a.args[1]); a.work.mkdir(exist_ok=True, parents=True)
         only = set(a.only.split(','))
         if 'speed' in only: speed(a, rows)
