@@ -250,7 +250,6 @@ def seed_recipe(moe, stats, keep, seed=0, x=None):
 def fused(moe, stats, keep, seed=0, x=None, groups=None): # groups [E]: core of each expert; None takes those of co-activation
     "Cores of experts that fire together, with exact per-expert corrections."
     s = _shape(moe, keep, 'exact')
-    if not isinstance(moe.experts.down_proj, torch.Tensor): raise BadInput('fused baselines take the difference of all experts to their cores at once, so they need a layer that fits on the device unpacked')
     if groups is None: groups = group_by_coactivation(stats.coactivation, s.cores, seed)
     return fuse_moe(moe, groups, stats.counts, s.rank, 'exact', _moment(stats).to(moe.experts.down_proj.device))
 

@@ -24,6 +24,7 @@ def choose_neurons(
 ) -> torch.Tensor: # [N, r] int64, ascending in each row
     "The most useful neurons of every expert; ties go to the lower index."
     if not 1<=width<=usefulness.shape[1]: raise BadInput(f'width is {width}, it must lie in 1..{usefulness.shape[1]}, the neurons of an expert')
+    if (bad := usefulness.isnan().any(1)).any(): raise BadInput(f'usefulness is NaN in {int(bad.sum())} of {len(bad)} experts, first in {int(bad.nonzero()[0])}')
     return usefulness.argsort(dim=1, descending=True, stable=True)[:,:width].sort(dim=1).values
 
 def take_neurons(
@@ -196,6 +197,7 @@ def prune_experts(
 ) -> torch.Tensor: # [n_keep] expert ids, ascending
     "The highest scores of each group."
     n = len(saliency)
+    if (bad := saliency.isnan()).any(): raise BadInput(f'saliency is NaN in {int(bad.sum())} of {n} experts, first in {int(bad.nonzero()[0])}')
     best = saliency.view(n_group, -1).argsort(dim=1, descending=True, stable=True)[:,:n_keep//n_group]
     return (best + torch.arange(n_group)[:,None]*(n//n_group)).flatten().sort().values
 

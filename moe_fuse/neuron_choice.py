@@ -154,6 +154,7 @@ def choose_uneven(
     widths,                  # [N] neurons kept of each expert, 0..I
 ) -> list: # N int64 tensors, ascending; some may be empty
     "The most useful neurons of every expert, each to a width of its own."
+    if (bad := usefulness.isnan().any(1)).any(): raise BadInput(f'usefulness is NaN in {int(bad.sum())} of {len(bad)} experts, first in {int(bad.nonzero()[0])}')
     return [u.argsort(descending=True, stable=True)[:r].sort().values for u,r in zip(usefulness, widths, strict=True)]
 
 def take_padded(

@@ -202,6 +202,10 @@ def test_what_makes_no_choice_is_refused(block):
     with pytest.raises(BadInput, match='ridge is 0, too small'): backward_subset(dead, moe.experts.down_proj, 4, ridge=0)
     for price in 0., -1., torch.nan:
         with pytest.raises(BadInput, match='must be positive'): pool_widths([u, u], [1., price], 100)
+    bad = u.clone(); bad[3,2] = torch.nan
+    for f in (lambda: choose_neurons(bad, 4), lambda: choose_uneven(bad, [4]*len(u))):
+        with pytest.raises(BadInput, match=f'usefulness is NaN in 1 of {len(u)} experts, first in 3'): f()
+    with pytest.raises(BadInput, match=f'saliency is NaN in 1 of {len(u)} experts, first in 3'): prune_experts(bad[:,2], len(u)//2, 1)
     with pytest.raises(BadInput, match='usefulness holds NaN'): pool_widths([u*torch.nan], [1.], 100)
 
 def test_budgets_too_small_are_refused(block):
