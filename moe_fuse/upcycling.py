@@ -168,7 +168,7 @@ def moe_config(
     moe |= dict(num_experts_per_tok=r.experts_per_token)
     last = dict(model_type=target, architectures=[FAMILIES[target].architecture if target in FAMILIES else 'DeepseekForCausalLM'], dtype=dtype, torch_dtype=dtype)
     if target=='deepseek': return {k: base.get(k) for k in V1_KEYS} | dict(rope_theta=(base.get('rope_parameters') or {}).get('rope_theta', 1e4), rope_scaling=None, attention_bias=False) | moe | last
-    known = set(CONFIG_MAPPING[target]().to_dict()) - {'layer_types', 'model_type', 'architectures', 'transformers_version', 'dtype'}
+    known = set(CONFIG_MAPPING[target]().to_dict()) - {'layer_types', 'model_type', 'architectures', 'transformers_version', 'dtype'} | ({'head_dim'} if target=='qwen3_moe' else set()) # which its class reads and has no default for
     out = CONFIG_MAPPING[target].from_dict({k: v for k,v in base.items() if k in known} | moe).to_dict()
     return {k: v for k,v in out.items() if k not in ('transformers_version', '_name_or_path')} | last
 

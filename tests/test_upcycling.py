@@ -143,9 +143,23 @@ def test_transformers_loads_it_and_equal_experts_are_the_dense_model(models, tmp
     k = 4 if target=='deepseek_v2' else 2
     same = dict(base_model=base, architecture=target, gate_mode='random', experts_per_token=k, experts=[dict(source_model=base)]*4)
     if shared: same['shared_experts'] = [dict(source_model=base, residual_scale=0)]  # adds nothing
+    assert_dense(base, upcycle(same, tmp_path/'same').out)
+
+def assert_dense(base, moe):
+    "A mixture of equal experts whose weights sum to 1 computes its base"
     x = torch.randint(5, 2048, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): want, got = stock(base)(x).logits, stock(upcycle(same, tmp_path/'same').out)(x).logits
+    with torch.no_grad(): want, got = stock(base)(x).logits, stock(moe)(x).logits
     assert (got-want).abs().max() < 1e-5*want.abs().max()
+
+LLAMA3 = dict(rope_parameters=dict(rope_type='llama3', rope_theta=5e5, factor=4., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16))
+
+@pytest.mark.parametrize('kind,changes', [('qwen3', dict(head_dim=32, num_key_value_heads=1, attention_bias=True)), ('llama', dict(head_dim=32, num_key_value_heads=1, hidden_act='gelu') | LLAMA3),
+                                          ('qwen2', dict(tie_word_embeddings=True, rms_norm_eps=1e-3) | LLAMA3), ('deepseek_v3', dict(tie_word_embeddings=True, q_lora_rank=None, attention_bias=True))])
+def test_what_is_odd_about_a_base_stays(tmp_path, kind, changes):
+    base = str(dense(tmp_path/'b', kind, **changes))
+    r = dict(base_model=base, gate_mode='random', experts=[dict(source_model=base)]*2)
+    if kind in ('qwen2', 'deepseek_v3'): r['shared_experts'] = [dict(source_model=base, residual_scale=0)]
+    assert_dense(base, upcycle(r, tmp_path/'m').out)
 
 def reference(base, moe, ids):
     "DeepSeek-MoE as its report says it, on Llama's attention: softmax over all, the k best, not normalised, and the shared experts"
@@ -188,9 +202,7 @@ def test_what_llama_cpp_would_misread_is_named(models, tmp_path):
 def test_a_sliding_window_stays(tmp_path):
     base = str(dense(tmp_path/'w', 'mistral', sliding_window=8))
     out = upcycle(dict(base_model=base, gate_mode='random', experts=[dict(source_model=base)]*2), tmp_path/'m').out
-    x = torch.randint(5, 2048, (1, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): want, got = stock(base)(x).logits, stock(out)(x).logits
-    assert (got-want).abs().max() < 1e-5*want.abs().max()
+    assert_dense(base, out)
 
 def test_noise_and_scale(models, tmp_path):
     "Noise on all three matrices, the scale on what enters the stream, and the same seed gives the same file"
