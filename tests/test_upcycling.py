@@ -1,5 +1,6 @@
 "Mixtures of dense models: the routers are mergekit's to the last bit, `transformers` and llama.cpp load what is written, and nothing is left of what fails."
 import json, re, logging, os, shutil
+from pathlib import Path
 import pytest, torch, yaml
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +10,8 @@ from moe_fuse.cli import main
 from moe_fuse.headers import *
 from moe_fuse.llama_cpp import llama_cpp_problems, write_gguf
 from moe_fuse.upcycling import *
+import test_hub
+from test_hub import Hub, hub
 from test_llama_cpp import engine, run_both
 
 SIZES = dict(vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -328,3 +331,11 @@ def test_command_line(models, tmp_path, capsys):
         assert said in err and err.count('\n')==1 and not (tmp_path/'out2').exists()
     assert main(['upcycle', str(tmp_path/'c.yml'), str(tmp_path/'out3'), '--json'])==0
     assert json.loads(capsys.readouterr().out)['architecture']=='Qwen3MoeForCausalLM'
+
+def test_prompts_are_read_before_weights_are_fetched(models, hub, tmp_path, monkeypatch):
+    base = Path(models['llama'][0]); monkeypatch.setattr(test_hub, 'folder', base)
+    (tmp_path/'c.yml').write_text(yaml.safe_dump(dict(base_model='org/tiny', experts=[dict(source_model='org/tiny', positive_prompts=[p]) for p in ('import os', '')])))
+    Hub.sent = 0
+    r = test_hub.call(hub | dict(HF_HOME=str(tmp_path/'hf')), 'upcycle', str(tmp_path/'c.yml'), str(tmp_path/'out'))
+    assert r.returncode==2 and r.stderr.count('\n')==1 and "experts[1].positive_prompts is ['']: none of it gives a token" in r.stderr
+    assert 0<Hub.sent<(base/'model.safetensors').stat().st_size/2 and not (tmp_path/'out').exists()
