@@ -55,6 +55,7 @@ def transformers_problems(
 ) -> list: # of texts, one for each reason
     "Why `transformers` would reject a model, or compute something else."
     c, out, kind = config, [], config['model_type'].removeprefix('fused_')
+    if kind=='deepseek': return out                                            # DeepSeek-MoE: not its to run
     n, k = c[experts_key(c | dict(model_type=kind))], c['num_experts_per_tok']
     if k>n: out.append(f'{k} experts for a token, and there are {n}')
     if SUPPORTED[kind]!=SUPPORTED['deepseek_v3']: return out

@@ -33,6 +33,8 @@ def llama_cpp_problems(
     if n>1024: out.append(f'{n} experts, at most 1024 are read')
     if c.get('mlp_only_layers') or c.get('decoder_sparse_step', 1)!=1: out.append('there are dense layers among the routed ones')
     if (f is V1 or c['model_type']=='qwen2_moe') and c.get('norm_topk_prob'): out.append(f"norm_topk_prob is true, which is not looked at for {c['model_type']}")
+    if (act := c.get('hidden_act', 'silu')) not in ('silu', 'swish'): out.append(f'hidden_act is {act!r}, which is not looked at')
+    if c.get('attention_bias') and c['model_type'] in ('qwen3_moe', 'deepseek_v2', 'deepseek_v3', 'kimi_k2'): out.append('attention_bias is true, for which there is no place')
     window = c.get('sliding_window')
     if c['model_type']=='mixtral' and window and window<c.get('max_position_embeddings', math.inf): out.append(f'sliding_window is {window}, which is not looked at for mixtral')
     if f is V1 and (c.get('rope_scaling') or (c.get('rope_parameters') or {}).get('rope_type', 'default')!='default'): out.append('the positions are scaled (rope_scaling), which the converter drops')

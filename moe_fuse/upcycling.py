@@ -6,11 +6,11 @@
 __all__ = ['GATE_MODES', 'FLOATS', 'SOURCE_KEYS', 'RECIPE_KEYS', 'TARGETS', 'DENSE_TYPES', 'NAMES', 'V1_KEYS', 'SAME', 'DENSE',
            'Source', 'Recipe', 'read_recipe', 'Target', 'choose_target', 'dense_config', 'check_exact', 'moe_config',
            'empty_dense', 'Plan', 'named_sources', 'plan_upcycling', 'expert_warnings', 'unit', 'pool_states',
-           'pool_embeddings', 'prompt_tokens', 'gate_tokenizer', 'layer_inputs', 'gate_vectors', 'gate_warnings',
-           'expert_matrices', 'moe_layer', 'vocabulary', 'Upcycled', 'upcycle']
+           'pool_embeddings', 'prompt_tokens', 'gate_tokenizer', 'layer_inputs', 'gate_prompts', 'gate_vectors',
+           'gate_warnings', 'expert_matrices', 'moe_layer', 'vocabulary', 'Upcycled', 'upcycle']
 
 # %% ../nbs/11_upcycling.ipynb #8b6abc1a
-import math, shutil
+import math, re, shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
 # %% ../nbs/11_upcycling.ipynb #eeed9b3c
 def _name(v): return isinstance(v, str) and v!=''
 def _texts(v): return isinstance(v, list) and all(isinstance(t, str) for t in v)
-def _number(v): return type(v) in (int, float) and math.isfinite(v)
+def _number(v): return type(v) in (int, float) and abs(v)<1e38                 # in float32 that is
 def _list(v): return isinstance(v, list)
 
 SOURCE_KEYS = dict(source_model=(_name, 'a folder or a hub id'), positive_prompts=(_texts, 'a list of texts'), negative_prompts=(_texts, 'a list of texts'),
@@ -69,16 +69,26 @@ def _checked(d, keys, needed, where):
     return {k: v for k,v in d.items() if v is not None}
 
 # %% ../nbs/11_upcycling.ipynb #ff7ad133
+class _Loader(yaml.SafeLoader):
+    "Refuses a key that stands twice, of which YAML would keep the last."
+    def construct_mapping(self, node, deep=False):
+        keys = [k.value for k,_ in node.value if isinstance(k, yaml.ScalarNode)]
+        if twice := [k for k in keys if keys.count(k)>1]: raise yaml.YAMLError(f'key {twice[0]} stands twice{node.start_mark}')
+        return super().construct_mapping(node, deep)
+
+def _source(d): # a part of the recipe -> the same, with numbers such as 1e-3, which YAML reads as a text
+    return {k: float(v) if k in ('noise_scale', 'residual_scale') and isinstance(v, str) and re.fullmatch(r'[-+]?\d+e[-+]?\d+', v, re.I) else v for k,v in d.items()} if isinstance(d, dict) else d
+
 def read_recipe(
     src, # a YAML file, or what it holds as a dict
 ) -> Recipe:
     "Read a recipe, or say in one line what is wrong with it."
     if not isinstance(src, dict):
-        try: src = yaml.safe_load(Path(src).read_text(encoding='utf-8'))
+        try: src = yaml.load(Path(src).read_text(encoding='utf-8'), _Loader)
         except OSError as e: raise BadInput(f'{src}: {e.strerror}') from None
-        except (yaml.YAMLError, UnicodeDecodeError) as e: raise BadInput(f'{src}: not YAML ({" ".join(str(e).split())})') from None
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as e: raise BadInput(f'{src}: not YAML ({" ".join(str(e).split())})') from None
     d = _checked(src, RECIPE_KEYS, ('base_model', 'experts'), '')
-    for k in 'experts', 'shared_experts': d[k] = [Source(**_checked(x, SOURCE_KEYS, ('source_model',), f'{k}[{i}]')) for i,x in enumerate(d.get(k, []))]
+    for k in 'experts', 'shared_experts': d[k] = [Source(**_checked(_source(x), SOURCE_KEYS, ('source_model',), f'{k}[{i}]')) for i,x in enumerate(d.get(k, []))]
     r = Recipe(**d)
     if r.experts_per_token>len(r.experts): raise BadInput(f'experts_per_token is {r.experts_per_token}; it must be at most the number of experts, {len(r.experts)}')
     if r.gate_mode not in ('random', 'uniform_random'):
@@ -168,7 +178,7 @@ def moe_config(
     moe |= dict(num_experts_per_tok=r.experts_per_token)
     last = dict(model_type=target, architectures=[FAMILIES[target].architecture if target in FAMILIES else 'DeepseekForCausalLM'], dtype=dtype, torch_dtype=dtype)
     if target=='deepseek': return {k: base.get(k) for k in V1_KEYS} | dict(rope_theta=(base.get('rope_parameters') or {}).get('rope_theta', 1e4), rope_scaling=None, attention_bias=False) | moe | last
-    known = set(CONFIG_MAPPING[target]().to_dict()) - {'layer_types', 'model_type', 'architectures', 'transformers_version', 'dtype'}
+    known = set(CONFIG_MAPPING[target]().to_dict()) - {'layer_types', 'model_type', 'architectures', 'transformers_version', 'dtype'} | ({'head_dim'} if target=='qwen3_moe' else set()) # which its class reads and has no default for
     out = CONFIG_MAPPING[target].from_dict({k: v for k,v in base.items() if k in known} | moe).to_dict()
     return {k: v for k,v in out.items() if k not in ('transformers_version', '_name_or_path')} | last
 
@@ -223,7 +233,9 @@ def plan_upcycling(
             if heads[s][k].shape!=shape: raise BadInput(f'{key} {s}: {k} is {list(heads[s][k].shape)}; it must be {list(shape)}')
     kind = {v: k for k,v in dict(float32='F32', bfloat16='BF16', float16='F16').items()}.get(heads[r.base_model]['model.embed_tokens.weight'].dtype)
     if not (r.dtype or kind): raise BadInput(f"base_model {r.base_model}: its weights are {heads[r.base_model]['model.embed_tokens.weight'].dtype}; they must be F32, BF16 or F16")
-    return Plan(r, target, base, names, moe_config(base, target, r, r.dtype or kind), notes + expert_warnings(r))
+    config = moe_config(base, target, r, r.dtype or kind)
+    if problems := transformers_problems(config): raise BadInput(f'experts has {len(r.experts)} entries, {target} can not be made of it: ' + '; '.join(problems))
+    return Plan(r, target, base, names, config, notes + expert_warnings(r))
 
 # %% ../nbs/11_upcycling.ipynb #4358ddce
 def expert_warnings(
@@ -233,7 +245,7 @@ def expert_warnings(
     if r.gate_mode in ('random', 'uniform_random'): return []
     groups = {}
     for i,x in enumerate(r.experts):
-        if not x.noise_scale: groups.setdefault((x.source_model, x.residual_scale), []).append(i)
+        if not x.noise_scale: groups.setdefault((Path(x.source_model), x.residual_scale), []).append(i)
     return [f"experts {', '.join(map(str, g))} are the same model, {s}: with gate_mode {r.gate_mode} they stay the same until they are trained apart; noise_scale or gate_mode random would separate them"
             for (s,_),g in groups.items() if len(g)>1]
 
@@ -305,6 +317,7 @@ def layer_inputs(
     model.model.layers, model.model.norm = nn.ModuleList(notes), nn.Identity()
     _fill(ck, model.model.embed_tokens, 'model.embed_tokens', dtype)
     for b in batches: model.model(**b, use_cache=False)
+    free(model.model.embed_tokens)
     h = [x for x,_ in notes[0].calls]
     for i,(layer,n) in enumerate(zip(layers, notes)):
         yield h
@@ -314,6 +327,19 @@ def layer_inputs(
         free(layer)
 
 # %% ../nbs/11_upcycling.ipynb #bd3912bd
+def gate_prompts(
+    base,         # folder or hub id, for its tokenizer
+    sources:list, # of `Source`
+    vocab:int,    # size of the base's embedding
+    keys:list,    # where the recipe has each source
+): # (a list of (source, 1 or -1, batch), warnings)
+    "All prompts of the recipe as tokens, positive ones of a source before its negative ones."
+    tok, jobs, notes = gate_tokenizer(base), [], []
+    for i,x in enumerate(sources):
+        for sign,k in (1, 'positive_prompts'), (-1, 'negative_prompts'):
+            if getattr(x, k): b, said = prompt_tokens(tok, getattr(x, k), f'{keys[i]}.{k}', vocab); jobs.append((i, sign, b)); notes += said
+    return jobs, notes
+
 @torch.no_grad()
 def gate_vectors(
     ck:Checkpoint,       # the base; its tokenizer lies in the same folder
@@ -328,10 +354,7 @@ def gate_vectors(
     shape = cfg.num_hidden_layers, len(sources), cfg.hidden_size
     if mode=='random': return torch.randn(shape, generator=generator), []
     if mode=='uniform_random': return (torch.rand(shape, generator=generator)*2-1)*cfg.hidden_size**-.5, []
-    tok, jobs, notes = gate_tokenizer(ck.folder), [], []
-    for i,x in enumerate(sources):
-        for sign,k in (1, 'positive_prompts'), (-1, 'negative_prompts'):
-            if getattr(x, k): b, said = prompt_tokens(tok, getattr(x, k), f'{keys[i] if keys else f"experts[{i}]"}.{k}', cfg.vocab_size); jobs.append((i, sign, b)); notes += said
+    jobs, notes = gate_prompts(ck.folder, sources, cfg.vocab_size, keys or [f'experts[{i}]' for i in range(len(sources))])
     def rows(vectors): # one for each job -> [E, H]
         out = {}
         for (i,sign,_),v in zip(jobs, vectors): out[i] = v if sign>0 else out[i]-v
@@ -351,7 +374,7 @@ def gate_warnings(
     bad = [i for i,c in enumerate(cond) if c>most]
     if not bad: return []
     which = 'all layers' if len(bad)==len(cond) else f"layer{'s' if len(bad)>1 else ''} {', '.join(map(str, bad))}"
-    return [f'near-singular gates in {which}: condition numbers up to {max(cond):.3g}, more than {most:g}; the prompts are too similar, and some experts will get few tokens']
+    return [f'near-singular gates in {which}: condition numbers up to {max(cond):.3g}, more than {most:g}; some experts will get few tokens. Prompts that differ more, or fewer experts, would help']
 
 # %% ../nbs/11_upcycling.ipynb #7e91b170
 DENSE = 'gate_proj', 'up_proj', 'down_proj'
@@ -369,7 +392,9 @@ def expert_matrices(
         w = ck.weight(f'{prefix}.{k}.weight', torch.float32 if x.noise_scale or k=='down_proj' and x.residual_scale!=1 else dtype)
         if x.noise_scale: w += torch.randn(w.shape, generator=generator)*x.noise_scale
         if k=='down_proj' and x.residual_scale!=1: w *= x.residual_scale
-        out.append(w.to(dtype))
+        w = w.to(dtype)
+        if not w.isfinite().all(): raise BadInput(f'{x.source_model}: {prefix}.{k}.weight is out of range in {str(dtype).removeprefix("torch.")} with noise_scale {x.noise_scale:g} and residual_scale {x.residual_scale:g}; smaller ones or another dtype must be asked for')
+        out.append(w)
     return out
 
 def moe_layer(
@@ -426,6 +451,9 @@ def upcycle(
     "Make a mixture of experts of dense models."
     p = plan_upcycling(read_recipe(config))
     r, L = p.recipe, p.base.num_hidden_layers
+    gated = r.experts + (r.shared_experts if p.target=='qwen2_moe' else [])
+    keys = [f'{k}[{i}]' for k in ('experts', 'shared_experts') for i in range(len(getattr(r, k)))]
+    if r.gate_mode not in ('random', 'uniform_random'): gate_prompts(r.base_model, gated, p.base.vocab_size, keys)   # refused before a weight is fetched
     writer = CheckpointWriter(out, L+1)
     if (writer.partial/'run.json').exists(): raise BadInput(f'{writer.partial}: holds an interrupted run, which --resume could finish; remove it or choose another folder than {out}')
     shutil.rmtree(writer.partial); writer.partial.mkdir()                      # what a killed one left has other shards
@@ -435,8 +463,6 @@ def upcycle(
         for key,s in named_sources(r).items():
             a, b = vocabulary(base.folder), vocabulary(cks[s].folder)
             if a is not None and b is not None and a!=b: notes.append(f'{key} {s}: its tokenizer has other words than that of base_model {r.base_model}, which is used')
-        gated = r.experts + (r.shared_experts if p.target=='qwen2_moe' else [])
-        keys = [f'{k}[{i}]' for k in ('experts', 'shared_experts') for i in range(len(getattr(r, k)))]
         gates, said = gate_vectors(base, p.base, gated, r.gate_mode, generator, gate_dtype, keys)
         notes += said + gate_warnings(gates[:,:len(r.experts)])
         writer.write(0, {k: base.weight(k, dtype) for k in p.names if '.layers.' not in k})

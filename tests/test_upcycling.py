@@ -1,5 +1,6 @@
 "Mixtures of dense models: the routers are mergekit's to the last bit, `transformers` and llama.cpp load what is written, and nothing is left of what fails."
 import json, re, logging, os, shutil
+from pathlib import Path
 import pytest, torch, yaml
 from torch import nn
 from torch.nn import functional as F
@@ -9,6 +10,8 @@ from moe_fuse.cli import main
 from moe_fuse.headers import *
 from moe_fuse.llama_cpp import llama_cpp_problems, write_gguf
 from moe_fuse.upcycling import *
+import test_hub
+from test_hub import Hub, hub
 from test_llama_cpp import engine, run_both
 
 SIZES = dict(vocab_size=2048, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
@@ -143,9 +146,23 @@ def test_transformers_loads_it_and_equal_experts_are_the_dense_model(models, tmp
     k = 4 if target=='deepseek_v2' else 2
     same = dict(base_model=base, architecture=target, gate_mode='random', experts_per_token=k, experts=[dict(source_model=base)]*4)
     if shared: same['shared_experts'] = [dict(source_model=base, residual_scale=0)]  # adds nothing
+    assert_dense(base, upcycle(same, tmp_path/'same').out)
+
+def assert_dense(base, moe):
+    "A mixture of equal experts whose weights sum to 1 computes its base"
     x = torch.randint(5, 2048, (2, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): want, got = stock(base)(x).logits, stock(upcycle(same, tmp_path/'same').out)(x).logits
+    with torch.no_grad(): want, got = stock(base)(x).logits, stock(moe)(x).logits
     assert (got-want).abs().max() < 1e-5*want.abs().max()
+
+LLAMA3 = dict(rope_parameters=dict(rope_type='llama3', rope_theta=5e5, factor=4., low_freq_factor=1., high_freq_factor=4., original_max_position_embeddings=16))
+
+@pytest.mark.parametrize('kind,changes', [('qwen3', dict(head_dim=32, num_key_value_heads=1, attention_bias=True)), ('llama', dict(head_dim=32, num_key_value_heads=1, hidden_act='gelu') | LLAMA3),
+                                          ('qwen2', dict(tie_word_embeddings=True, rms_norm_eps=1e-3) | LLAMA3), ('deepseek_v3', dict(tie_word_embeddings=True, q_lora_rank=None, attention_bias=True))])
+def test_what_is_odd_about_a_base_stays(tmp_path, kind, changes):
+    base = str(dense(tmp_path/'b', kind, **changes))
+    r = dict(base_model=base, gate_mode='random', experts=[dict(source_model=base)]*2)
+    if kind in ('qwen2', 'deepseek_v3'): r['shared_experts'] = [dict(source_model=base, residual_scale=0)]
+    assert_dense(base, upcycle(r, tmp_path/'m').out)
 
 def reference(base, moe, ids):
     "DeepSeek-MoE as its report says it, on Llama's attention: softmax over all, the k best, not normalised, and the shared experts"
@@ -184,13 +201,14 @@ def test_what_llama_cpp_would_misread_is_named(models, tmp_path):
         m = [str(dense(tmp_path/f'{kind}{i}', kind, i, sliding_window=8)) for i in range(3)]
         out = upcycle(recipe_of(m, **more), tmp_path/f'{kind}-moe').out
         assert said in '; '.join(llama_cpp_problems(read_json(out/'config.json')))
+    for kind,change in ('llama', dict(hidden_act='gelu')), ('qwen3', dict(attention_bias=True)):
+        m = [str(dense(tmp_path/f'{kind}{i}', kind, i, **change)) for i in range(3)]
+        assert next(iter(change)) in '; '.join(llama_cpp_problems(read_json(upcycle(recipe_of(m), tmp_path/f'{kind}-odd').out/'config.json')))
 
 def test_a_sliding_window_stays(tmp_path):
     base = str(dense(tmp_path/'w', 'mistral', sliding_window=8))
     out = upcycle(dict(base_model=base, gate_mode='random', experts=[dict(source_model=base)]*2), tmp_path/'m').out
-    x = torch.randint(5, 2048, (1, 40), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(): want, got = stock(base)(x).logits, stock(out)(x).logits
-    assert (got-want).abs().max() < 1e-5*want.abs().max()
+    assert_dense(base, out)
 
 def test_noise_and_scale(models, tmp_path):
     "Noise on all three matrices, the scale on what enters the stream, and the same seed gives the same file"
@@ -224,7 +242,7 @@ def test_warnings_name_what_is_meant(models, tmp_path):
     t['model']['vocab'] = {w: i for i,w in enumerate(words[:-1]+['unheard'])}
     t['model']['merges'] = [m for m in t['model']['merges'] if words[-1] not in (''.join(m), *m)]
     (tmp_path/'other'/'tokenizer.json').write_text(json.dumps(t))
-    x = [dict(source_model=s, positive_prompts=p) for s,p in ((a, ['import os', '']), (b, ['import os']), (a, ['a']), (wide, ['b']), (other, ['import os']))]
+    x = [dict(source_model=s, positive_prompts=p) for s,p in ((a, ['import os', '']), (b, ['import os']), (f'{a}/', ['a']), (wide, ['b']), (other, ['import os']))]
     done = upcycle(dict(base_model=a, gate_mode='cheap_embed', experts=x), tmp_path/'m'); said = done.warnings
     assert repr(done).splitlines()[1:]==[f'warning: {w}' for w in said]
     assert len(said)==5
@@ -232,6 +250,15 @@ def test_warnings_name_what_is_meant(models, tmp_path):
     assert upcycle(dict(base_model=a, gate_mode='random', experts=[dict(source_model=a)]*2), tmp_path/'r').warnings==[]
 
 # bad input
+
+def test_yaml_files(tmp_path):
+    "Numbers as people write them; and what YAML would pass over in silence"
+    text = 'base_model: a\ngate_mode: random\nexperts:\n  - {source_model: a, noise_scale: 1e-3, residual_scale: -2E+1}\n  - &b {source_model: b}\n  - {<<: *b, noise_scale: 1}\n'
+    def read(s): (tmp_path/'c.yml').write_text(s); return read_recipe(tmp_path/'c.yml')
+    assert [(x.source_model, x.noise_scale, x.residual_scale) for x in read(text).experts]==[('a', .001, -20), ('b', 0, 1), ('b', 1, 1)]
+    for s,said in (text+'gate_mode: hidden\n', 'key gate_mode stands twice'), (text+'  - {source_model: a, source_model: b}\n', 'key source_model stands twice'), ('['*1000, 'not YAML'), ('', 'recipe is None'):
+        with pytest.raises(BadInput, match=said) as e: read(s)
+        assert '\n' not in str(e.value)
 
 def says(config, message, tmp_path):
     before = sorted(tmp_path.rglob('*'))
@@ -242,7 +269,9 @@ def says(config, message, tmp_path):
 def test_bad_recipes(models, tmp_path, monkeypatch):
     "Each is refused before a weight is read"
     monkeypatch.setattr(Checkpoint, 'stored', lambda self, name: pytest.fail(f'{name} was read'))
+    monkeypatch.setattr('moe_fuse.upcycling.resolve_source', lambda src: pytest.fail(f'{src} was fetched'))
     a, b = models['llama'][:2]
+    v3, mute = models['deepseek_v3'][0], shutil.copytree(a, tmp_path/'mute', ignore=shutil.ignore_patterns('tokenizer*'))
     ok = dict(base_model=a, experts=[dict(source_model=s, positive_prompts=[s]) for s in (a, b)])
     def one(**kw): return ok | dict(experts=[ok['experts'][0], ok['experts'][1] | kw])
     for config,message in [
@@ -250,13 +279,16 @@ def test_bad_recipes(models, tmp_path, monkeypatch):
         (ok | dict(gate_mode='last'), "gate_mode is 'last'; it must be one of hidden, hidden_avg"), (ok | dict(dtype='int4'), "dtype is 'int4'; it must be one of float32"), (ok | dict(dtype=['float32']), "dtype is ['float32']"), (ok | dict(gate_mode=['hidden']), "gate_mode is ['hidden']"),
         (ok | dict(experts_per_token=0), 'experts_per_token is 0'), (ok | dict(experts_per_token=3), 'experts_per_token is 3; it must be at most the number of experts, 2'), (ok | dict(experts_per_token=True), 'experts_per_token is True'),
         (ok | dict(experts=[]), 'experts is []'), (dict(base_model=a), 'experts is missing'), (dict(experts=ok['experts']), 'base_model is missing'), (ok | dict(base_model=dict(path=a)), 'base_model is {'),
-        (one(noise_scale=-1), 'experts[1].noise_scale is -1'), (one(noise_scale='1e-3'), "experts[1].noise_scale is '1e-3'; it must be a number"), (one(residual_scale=float('nan')), 'experts[1].residual_scale is nan'),
+        (one(noise_scale=-1), 'experts[1].noise_scale is -1'), (one(noise_scale='a lot'), "experts[1].noise_scale is 'a lot'; it must be a number"), (one(residual_scale=10**400), 'experts[1].residual_scale is 1000'), (one(residual_scale=float('nan')), 'experts[1].residual_scale is nan'),
         (one(positive_prompts='x'), "experts[1].positive_prompts is 'x'; it must be a list of texts"), (one(positive_prompts=None), 'experts[1].positive_prompts is []; with gate_mode hidden it must'),
         (one(source_model=''), "experts[1].source_model is ''"), (ok | dict(experts=['x']), "experts[0] is 'x'"), (ok | dict(architecture='gpt'), "architecture is 'gpt'; it must be one of mixtral"),
         (ok | dict(architecture='DeepSeek_V3'), 'MLA'), (ok | dict(architecture='qwen3'), 'can not become; allowed: mixtral'), (ok | dict(architecture='deepseek'), 'shared_experts has 0 entries; architecture deepseek takes one or more'),
         (ok | dict(shared_experts=[dict(source_model=a, positive_prompts=['x'])]), 'shared_experts[0].positive_prompts is'), (ok | dict(base_model=str(tmp_path/'nowhere')), 'nowhere: no such folder'),
         (ok | dict(base_model='demo'), "quant_method is 'fp8'; the weights must be"), (ok | dict(base_model=models['qwen2'][0]), 'a qwen2 model can become qwen2_moe (exactly one)'),
         (dict(base_model=models['qwen2'][0], shared_experts=[dict(source_model=a)], experts=ok['experts']), 'shared_experts[0].positive_prompts is []; qwen2_moe has a gate'),
+        (one(positive_prompts=['', '']), "experts[1].positive_prompts is ['', '']: none of it gives a token"), (one(negative_prompts=['']), "experts[1].negative_prompts is ['']: none"),
+        (ok | dict(base_model=str(mute)), 'mute: no tokenizer that can be read'),
+        (dict(base_model=v3, gate_mode='random', experts_per_token=1, experts=[dict(source_model=v3)], shared_experts=[dict(source_model=v3)]), 'experts has 1 entries, deepseek_v3 can not be made of it: 1 experts in 1 groups'),
         (one(source_model=models['mistral'][0]), "model_type is 'mistral'; it must be 'llama'")]: says(config, message, tmp_path)
 
 def test_bad_files(models, tmp_path):
@@ -271,7 +303,7 @@ def test_bad_files(models, tmp_path):
     del t['model.layers.1.mlp.up_proj.weight']; says(use(str(write(tmp_path/'gone', read_json(f'{b}/config.json'), t))), 'lacks tensor model.layers.1.mlp.up_proj.weight', tmp_path)
     t = tensors_of(b); t['model.layers.2.mlp.up_proj.weight'][3,4] = float('nan')  # seen only when it is read, with two layers written
     says(use(str(write(tmp_path/'nan', read_json(f'{b}/config.json'), t))), 'model.layers.2.mlp.up_proj.weight holds NaN', tmp_path)
-    says(use(b) | dict(gate_mode='hidden', experts=[dict(source_model=s, positive_prompts=['']) for s in (a, b)]), "experts[0].positive_prompts is ['']: none of it gives a token", tmp_path)
+    says(use(b) | dict(dtype='float16', experts=[dict(source_model=a), dict(source_model=b, residual_scale=1e6)]), 'model.layers.0.mlp.down_proj.weight is out of range in float16 with noise_scale 0 and residual_scale 1e+06', tmp_path)
     v3 = str(dense(tmp_path/'v3', 'deepseek_v3', first_k_dense_replace=1, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1))
     says(dict(base_model=v3, gate_mode='random', experts=[dict(source_model=v3)]*2, shared_experts=[dict(source_model=v3)]), 'first_k_dense_replace is 1, so it has experts already', tmp_path)
     (tmp_path/'deep').mkdir(); (tmp_path/'deep'/'out').write_text('mine'); says(use(b), 'not an empty folder', tmp_path)
@@ -299,3 +331,11 @@ def test_command_line(models, tmp_path, capsys):
         assert said in err and err.count('\n')==1 and not (tmp_path/'out2').exists()
     assert main(['upcycle', str(tmp_path/'c.yml'), str(tmp_path/'out3'), '--json'])==0
     assert json.loads(capsys.readouterr().out)['architecture']=='Qwen3MoeForCausalLM'
+
+def test_prompts_are_read_before_weights_are_fetched(models, hub, tmp_path, monkeypatch):
+    base = Path(models['llama'][0]); monkeypatch.setattr(test_hub, 'folder', base)
+    (tmp_path/'c.yml').write_text(yaml.safe_dump(dict(base_model='org/tiny', experts=[dict(source_model='org/tiny', positive_prompts=[p]) for p in ('import os', '')])))
+    Hub.sent = 0
+    r = test_hub.call(hub | dict(HF_HOME=str(tmp_path/'hf')), 'upcycle', str(tmp_path/'c.yml'), str(tmp_path/'out'))
+    assert r.returncode==2 and r.stderr.count('\n')==1 and "experts[1].positive_prompts is ['']: none of it gives a token" in r.stderr
+    assert 0<Hub.sent<(base/'model.safetensors').stat().st_size/2 and not (tmp_path/'out').exists()
