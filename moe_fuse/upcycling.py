@@ -10,7 +10,7 @@ __all__ = ['GATE_MODES', 'FLOATS', 'SOURCE_KEYS', 'RECIPE_KEYS', 'TARGETS', 'DEN
            'expert_matrices', 'moe_layer', 'vocabulary', 'Upcycled', 'upcycle']
 
 # %% ../nbs/11_upcycling.ipynb #8b6abc1a
-import math, shutil
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -426,9 +426,7 @@ def upcycle(
     "Make a mixture of experts of dense models."
     p = plan_upcycling(read_recipe(config))
     r, L = p.recipe, p.base.num_hidden_layers
-    writer = CheckpointWriter(out, L+1)
-    if (writer.partial/'run.json').exists(): raise BadInput(f'{writer.partial}: holds an interrupted run, which --resume could finish; remove it or choose another folder than {out}')
-    shutil.rmtree(writer.partial); writer.partial.mkdir()                      # what a killed one left has other shards
+    writer = CheckpointWriter(out, L+1).fresh()                      # what a killed one left has other shards
     try:
         cks = {s: Checkpoint(resolve_source(s)) for s in dict.fromkeys(named_sources(r).values())}
         base, notes, generator, dtype = cks[r.base_model], list(p.warnings), torch.Generator().manual_seed(seed), FLOATS[p.config['dtype']]
