@@ -190,7 +190,7 @@ def quantize_awq(
 ): # (qweight [in, out/8] int32, qzeros [in/g, out/8] int32, scales [in/g, out] float16)
     "Round a weight to 4 bits with zero points, packed as AWQ packs it."
     (o, i), g = w.shape, w.shape[1] if group_size==-1 else group_size
-    if i%g: raise ValueError(f'group_size {g} does not divide {i} input columns')
+    if g<1 or i%g: raise ValueError(f'group_size {g} does not divide {i} input columns')
     x = w.float().T.unflatten(0, (-1, g))                                    # [in/g, g, out]
     lo, hi = x.amin(1).clamp(max=0), x.amax(1).clamp(min=0)
     s = ((hi-lo)/15).half().float()

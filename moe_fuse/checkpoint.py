@@ -97,6 +97,7 @@ class CheckpointWriter:
         n_shards, # that it will have
     ):
         self.out, self.n_shards = Path(out).absolute(), n_shards
+        if not self.out.name: raise BadInput(f'{out}: is no folder that can be made; name another folder')
         self.partial = self.out.with_name(self.out.name+'.partial')
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
         ours = lambda f: f.name in ('states', 'run.json', 'README.md') or f.name.startswith(('model-', 'modeling_', 'report.', 'config.', 'model.')) or f.suffix=='.tmp' or _is_text(f)
@@ -108,13 +109,18 @@ class CheckpointWriter:
         shutil.rmtree(self.partial, ignore_errors=True)
         for p in self.made:
             with contextlib.suppress(OSError): p.rmdir()
+    def fresh(self):
+        "Begin with nothing: a killed writer may have left other shards. An interrupted run is not touched."
+        if (self.partial/'run.json').exists(): raise BadInput(f'{self.partial}: holds an interrupted run; finish it with --resume, delete the folder, or name another than {self.out}')
+        shutil.rmtree(self.partial); self.partial.mkdir(exist_ok=True)
+        return self
     def interrupted(self,
         recipe:dict, # what is asked for now
         resume,      # whether to go on with it
     ) -> dict: # its run.json, or None
         "The run that was stopped in the partial folder; one of other settings is refused."
         file = self.partial/'run.json'
-        if not file.exists(): return None
+        if not file.exists(): self.fresh(); return None
         if not resume: raise BadInput(f'{self.partial}: holds an interrupted run; --resume goes on with it, or delete the folder')
         run = read_json(file)
         if run['recipe']!=recipe: raise BadInput(f'{self.partial}: was started with other settings: ' + ', '.join(k for k in recipe if run['recipe'].get(k)!=recipe[k]))

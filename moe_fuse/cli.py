@@ -140,9 +140,11 @@ def heal_command(
     "Heal a student."
     logging.getLogger('bitsandbytes').setLevel(logging.ERROR)                  # what a CPU lacks is no news here
     from moe_fuse.heal import heal
+    from moe_fuse.pipeline import tell_healed
     from moe_fuse.planning import parse_count
     a.tokens = parse_count(a.tokens)
-    done = heal(**{k:v for k,v in vars(a).items() if k not in ('command', 'json')})
+    finish = tell_healed(resolve_source(a.student), resolve_source(a.teacher))
+    done = heal(**{k:v for k,v in vars(a).items() if k not in ('command', 'json')}, finish=finish)
     if done.report is None: return ''                                          # another process tells
     return json.dumps(done.report) if a.json else f'{done}\n\ncheckpoint, report and log: {a.out}\npicture: {Path(a.out)/"report.png"}'
 

@@ -105,14 +105,15 @@ def unfold(
     src, out,        # folder of a fused checkpoint; folder to write
     dtype='float32', # of the weights; a smaller one rounds the sums
     finish=None,     # called with the `Checkpoint` before it takes its name
-) -> Checkpoint: # a stock checkpoint
+    keep=True,       # False writes it for `finish` only
+) -> Checkpoint: # a stock checkpoint, or None
     "Write every expert of a fused model out."
     ck = Checkpoint(src); c, to = ck.config, getattr(torch, dtype)
     if c.get('model_type') not in FUSED_FAMILIES: raise BadInput(f"{src}: model_type {c.get('model_type')!r} is not fused")
     config = unfolded_config(ck, dtype); more = config['n_shared_experts']*config['moe_intermediate_size'] - c['n_shared_experts']*c['moe_intermediate_size']
     layer_of = lambda k: int(k.split('.')[2]) if k.startswith('model.layers.') else -1
     layers = [-1, *range(c['num_hidden_layers']), *mtp_layers(ck)]
-    writer = CheckpointWriter(out, len(layers))
+    writer = CheckpointWriter(out, len(layers)).fresh()
     try:
         for j,i in enumerate(layers):
             new, block, prefix = {}, {}, f'model.layers.{i}.mlp.'
@@ -126,6 +127,8 @@ def unfold(
             writer.write(j, new); ck.release()
         new = writer.close(config, ck.folder)
         if finish: finish(new)
+        if not keep: return writer.remove()
         writer.publish()
+    except BadInput as e: writer.remove(); raise BadInput(f'{src}: {e}') from None
     except BaseException: writer.remove(); raise
     return Checkpoint(out)

@@ -549,6 +549,7 @@ def write_healed(
         writer.write(i, {k: v.detach().cpu().to(DTYPES[s[k].dtype] if k in s else torch.bfloat16).clone(memory_format=torch.contiguous_format) for k,v in tensors.items()})
     put(0, {k: v for k,v in model.state_dict().items() if '.layers.' not in k and k in s})
     for i,layer in enumerate(model.model.layers): put(i+1, layer_tensors(layer, f'model.layers.{i}.', torch.float32))
+    for j,i in enumerate(mtp_layers(s), len(model.model.layers)+1): writer.write(j, {k: s.stored(k).clone() for k in s.entries if k.startswith(f'model.layers.{i}.')})   # as they were
     if s.config['model_type'] in FUSED_FAMILIES: write_atomic(writer.partial/MODELLING, modelling_source())
     return writer.close(s.config, s.folder)
 
@@ -632,6 +633,7 @@ def heal(
     micro_rows=None,        # rows a process takes at once
     checkpointing=None,     # compute activations again in the backward pass; None does for an nf4 base
     seed=0, device='auto', resume=False, quiet=False, # resume: True, or the step of a checkpoint
+    finish=None,            # called with the folder and the report before OUT takes its name
 ) -> Healed:
     "Train a written student on its teacher's predictions."
     start, s, t = time.time(), Checkpoint(resolve_source(student)), Checkpoint(resolve_source(teacher))
@@ -647,7 +649,7 @@ def heal(
     if not len(ex): raise BadInput(f'{data}: {len(text):,} tokens are fewer than one batch of {rows} rows of {seq_len}')
     steps = tokens//(rows*seq_len)
     recipe |= dict(source=teacher_key(s, text, 0), teacher=teacher_key(t, text, top_k), text=data, eval_text=eval_data or data, held_out=held.sha256)
-    writer = CheckpointWriter(out, s.config['num_hidden_layers']+1)
+    writer = CheckpointWriter(out, s.config['num_hidden_layers']+1+len(mtp_layers(s)))
     states = writer.partial/'states'
     args = healing_args(recipe, states, steps, device, True, micro_rows, quantize_base=='nf4' if checkpointing is None else checkpointing)
     main = args.process_index==0
@@ -683,6 +685,7 @@ def heal(
                   device=torch.cuda.get_device_name() if device=='cuda' else 'CPU', versions=dict(moe_fuse=__version__, torch=torch.__version__, transformers=transformers.__version__), date=time.strftime('%Y-%m-%d'))
     write_atomic(writer.partial/'report.json', json.dumps(report, indent=1)+'\n')
     plot_healing(report, writer.partial/'report.png')
+    if finish: finish(writer.partial, report)
     (writer.partial/'run.json').unlink(); shutil.rmtree(states)
     writer.publish()
     return Healed(report, Path(out))

@@ -7,7 +7,7 @@ __all__ = ['V1', 'BLOCKS', 'DRIVER', 'gguf_family', 'llama_cpp_problems', 'odd_c
            'check_gguf', 'write_gguf']
 
 # %% ../nbs/07_llama_cpp.ipynb #4b1df408
-import contextlib, io, json, math, os, subprocess, sys
+import contextlib, io, json, math, os, re, subprocess, sys
 from pathlib import Path
 
 from .headers import *
@@ -145,7 +145,9 @@ def write_gguf(
     first, tmp = (out.with_name(f'{out.name}.{k}.tmp') for k in ('first', 'whole'))
     try:
         r = subprocess.run([sys.executable, '-c', DRIVER, converter, ck.folder, first, how if by_converter else 'f16'], capture_output=True, text=True)
-        if r.returncode: raise BadInput(f"{src}: llama.cpp's converter failed: {(r.stderr.strip().splitlines() or ['no message'])[-1]}")
+        if r.returncode:
+            said = re.split(r'[\r\n]+', r.stderr.strip()) or ['no message']
+            raise BadInput(f"{src}: llama.cpp's converter failed: {next((l for l in said[::-1] if re.match(r'[a-zA-Z_.]*(Error|Exception)', l)), said[-1])}")   # a progress bar may come last
         if not by_converter: quantize_gguf(first, tmp, how)
         os.replace(first if by_converter else tmp, out)
     finally:

@@ -7,7 +7,7 @@ __all__ = ['PACKED', 'layout_of', 'card_name', 'license_lines', 'loading', 'writ
            'write_card']
 
 # %% ../nbs/08_model_card.ipynb #e88be5c1
-import json, re
+import json, os, re
 from pathlib import Path
 
 from .checkpoint import *
@@ -32,7 +32,7 @@ def card_name(
 ) -> str:
     "What a student is called."
     size = next(f'{total/u:.{0 if total>=10*u else 1}f}{s}' for u,s in ((1e9, 'B'), (1e6, 'M'), (1, '')) if total>=u)
-    base = re.sub(r'-(AWQ|FP8|INT4|INT8|GPTQ|BF16)$', '', Path(source).name, flags=re.I)
+    base = re.sub(r'-(AWQ|FP8|INT4|INT8|GPTQ|BF16)$', '', Path(os.path.abspath(source)).name, flags=re.I)
     return f"{base}-{layout}-{size.replace('.0', '')}{packed and '-'+packed}"
 
 # %% ../nbs/08_model_card.ipynb #03c1968b
@@ -111,7 +111,7 @@ def model_card(
     better = [f"{k} ({', '.join(w)})" for k,w in wins.items() if w]
     limits = ['One run, one seed. Losses are of next tokens on the held-out text above; no task was measured, and neither was speed.', *([] if 'healing' in report or report['recipe']['distill_steps'] else ['Nothing was trained: all weights are taken from the teacher or solved for in closed form.']),
               *(['The teacher\'s card names no license; ask whoever published it.'] if not licence else [])]
-    parts = ['\n'.join(['---', *head, '---']), f"# {card_name(name, layout, s['total']-own_mtp, packed)}", f"{Path(name).name}, made smaller by moe_fuse.", '| | |\n|---|---|\n' + '\n'.join(f'| {k} | {v} |' for k,v in facts.items()),
+    parts = ['\n'.join(['---', *head, '---']), f"# {card_name(name, layout, s['total']-own_mtp, packed)}", f"{Path(os.path.abspath(name)).name}, made smaller by moe_fuse.", '| | |\n|---|---|\n' + '\n'.join(f'| {k} | {v} |' for k,v in facts.items()),
              '## What it lost', losses, *([f"A lower loss than this checkpoint's, at about the same bytes{healed}: {', '.join(better)}."] if better else []),
              '## Loading', loading(config), '## Limits', '\n'.join(f'- {l}' for l in limits)]
     return '\n\n'.join(parts) + '\n'

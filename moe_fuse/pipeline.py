@@ -7,7 +7,8 @@ __all__ = ['KINDS', 'FUSED_STUDENTS', 'METHODS', 'MTP', 'Stream', 'Job', 'fresh_
            'common_width', 'uneven_slim', 'spread_widths', 'build', 'fit_down', 'sample_inputs', 'distill_block',
            'routed_fvu', 'round_weights', 'student_layer', 'check_recipe', 'source_hash', 'open_run', 'head_tensors',
            'router_dtype', 'block_sizes', 'kept_mtp', 'enter_mtp', 'shrink_mtp', 'run_layers', 'Run', 'peak_memory',
-           'kind_sizes', 'table', 'plot_report', 'execute', 'compress', 'compress_and_heal']
+           'kind_sizes', 'table', 'plot_report', 'read_report', 'execute', 'compress', 'tell_healed',
+           'compress_and_heal']
 
 # %% ../nbs/08_pipeline.ipynb #5c91f6ed
 import hashlib, json, platform, re, resource, shutil, sys, time
@@ -344,7 +345,6 @@ def open_run(
 ) -> dict: # progress: next layer, FVU and blocks so far, seconds
     "Start a run in OUT.partial, or take up the one that is there."
     if run := writer.interrupted(recipe, resume): return run
-    shutil.rmtree(writer.partial)                                              # killed before its first layer was done
     (writer.partial/'states').mkdir(parents=True)
     return dict(recipe=recipe, layer=None, fvu={}, block={}, seconds={})
 
@@ -553,6 +553,21 @@ def plot_report(
     right.set(xlabel=f'size in {report["recipe"]["dtype"]}, MB', ylabel='held-out loss, nats a token', title='What the whole model lost')
     with open(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 
+# %% ../nbs/08_pipeline.ipynb #b7000002
+def read_report(
+    folder, # of a student
+) -> dict: # of its run; empty where there is none
+    "A student's report.json, refused in one line if a card can't be made of it."
+    file = Path(folder)/'report.json'
+    if not file.exists(): return {}
+    r = read_json(file)
+    try:
+        if 'kinds' in r: model_card(r, read_json(Path(folder)/'config.json'), table(r))
+        if 'export' in r: written_again(r['export'])
+        (r.get('recipe') or {}).get('eval_text')
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as e: raise BadInput(f'{file}: is damaged ({type(e).__name__}: {e}); without this file the student is taken for any other checkpoint') from None
+    return r
+
 # %% ../nbs/08_pipeline.ipynb #81929f47
 def execute(
     source:Checkpoint, name:str, writer:CheckpointWriter, run:dict, kinds:list, cal:TokenSet, held:TokenSet, device:str, quiet:bool, budget, # from `compress`
@@ -633,13 +648,29 @@ def compress(
         writer.remove()
         raise
 
+# %% ../nbs/08_pipeline.ipynb #b7000004
+def tell_healed(
+    student, # folder that is healed
+    teacher, # folder
+): # function of (folder, report of the healing), for `heal`
+    "Bring report and card of a student's run up to date after healing; a student of no run keeps the report of the healing."
+    run, student = read_report(student), Path(student)
+    def finish(folder, healing):
+        if 'kinds' not in run: return
+        from moe_fuse.heal import heal_table
+        report = run | dict(healing=healing, student=inspect(Checkpoint(folder)))
+        write_atomic(folder/'report.json', json.dumps(report, indent=1)+'\n')
+        write_card(folder, report, f'{table(run)}\n\nAfter healing, end to end:\n\n{heal_table(healing)}', teacher)
+        if (student/'report.png').exists(): shutil.copy(student/'report.png', folder/'report-fusion.png')
+    return finish
+
 # %% ../nbs/08_pipeline.ipynb #c0ffee02
 def compress_and_heal(
     src, out, heal_tokens, # as in `compress`; tokens of the calibration text to train on
     calibration='demo', eval_data=None, eval_tokens=65536, seed=0, device='auto', resume=False, quiet=False, **kwargs, # of `compress`
 ) -> Run: # of the fusion; its report has `healing`
     "Shrink a checkpoint, then train what came out end to end."
-    from moe_fuse.heal import heal, heal_table                                 # `Trainer` takes seconds to import
+    from moe_fuse.heal import heal                                             # `Trainer` takes seconds to import
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
@@ -647,9 +678,6 @@ def compress_and_heal(
     if heal_tokens<2*MIN_TOKENS: raise BadInput(f'{heal_tokens} tokens are too few to heal with, at least {2*MIN_TOKENS} are needed')
     if resume and (fused/'report.json').exists(): run = Run(read_json(fused/'report.json'), fused, None, {})
     else: run = compress(src, fused, calibration=calibration, **both, **kwargs)
-    healed = heal(fused, out, src, calibration, heal_tokens, batch_tokens=batch, **(both | dict(eval_data=eval_data or 'demo')))
-    run.report['healing'] = healed.report
-    write_atomic(healed.out/'report.json', json.dumps(run.report, indent=1)+'\n')
-    write_card(healed.out, run.report, f'{table(run.report)}\n\nAfter healing, end to end:\n\n{heal_table(healed.report)}', resolve_source(src))
-    shutil.copy(fused/'report.png', healed.out/'report-fusion.png'); shutil.rmtree(fused)
-    return run._replace(out=healed.out)
+    healed = heal(fused, out, src, calibration, heal_tokens, batch_tokens=batch, finish=tell_healed(fused, resolve_source(src)), **(both | dict(eval_data=eval_data or 'demo')))
+    shutil.rmtree(fused)
+    return run._replace(report=read_json(healed.out/'report.json'), out=healed.out)

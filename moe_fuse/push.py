@@ -18,10 +18,13 @@ def check_finished(
 ) -> Checkpoint:
     "Refuse what is not a whole checkpoint."
     folder = Path(folder)
+    if folder.is_file(): raise BadInput(f'{folder}: is a file; push takes the folder of a student, and sends a .gguf along that lies in it')
     if folder.is_dir() and (folder.name.endswith('.partial') or (folder/'run.json').exists()): raise BadInput(f'{folder}: is an interrupted run; finish it with --resume, then push')
     if folder.is_dir() and not any((folder/f).exists() for f in ('model.safetensors.index.json', 'model.safetensors')): raise BadInput(f'{folder}: has no model.safetensors.index.json, it is not a finished checkpoint')
     ck = Checkpoint(folder)
     if 'model_type' not in ck.config: raise BadInput(f'{folder}: config.json names no model_type')
+    for f in {v.split('.')[0]+'.py' for v in (ck.config.get('auto_map') or {}).values()}:
+        if not (folder/f).exists(): raise BadInput(f'{folder}: config.json wants {f} beside the weights, which is not there')
     return ck
 
 # %% ../nbs/09_push.ipynb #2b400009

@@ -141,7 +141,7 @@ def quantize_checkpoint(
     drop = ('quantization_config', 'dtype', 'torch_dtype') if how=='bf16' else ()
     more = dict(bf16=dict(dtype='bfloat16', torch_dtype='bfloat16'), fp8=dict(quantization_config=dict(quant_method='fp8', fmt='e4m3', activation_scheme='dynamic', weight_block_size=[128,128])),
                 awq=dict(quantization_config=dict(quant_method='awq', bits=4, group_size=group_size, version='gemm', zero_point=True)))[how]
-    writer = CheckpointWriter(out, len(layers))
+    writer = CheckpointWriter(out, len(layers)).fresh()
     try:
         for j,i in enumerate(sorted(layers)):
             own = {k: ck.stored(k).clone() if as_is(k) else ck.weight(k, torch.bfloat16) for k in layers[i]}

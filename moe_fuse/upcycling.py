@@ -10,7 +10,7 @@ __all__ = ['GATE_MODES', 'FLOATS', 'SOURCE_KEYS', 'RECIPE_KEYS', 'TARGETS', 'DEN
            'gate_warnings', 'expert_matrices', 'moe_layer', 'vocabulary', 'Upcycled', 'upcycle']
 
 # %% ../nbs/11_upcycling.ipynb #8b6abc1a
-import math, re, shutil
+import math, re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -454,9 +454,7 @@ def upcycle(
     gated = r.experts + (r.shared_experts if p.target=='qwen2_moe' else [])
     keys = [f'{k}[{i}]' for k in ('experts', 'shared_experts') for i in range(len(getattr(r, k)))]
     if r.gate_mode not in ('random', 'uniform_random'): gate_prompts(r.base_model, gated, p.base.vocab_size, keys)   # refused before a weight is fetched
-    writer = CheckpointWriter(out, L+1)
-    if (writer.partial/'run.json').exists(): raise BadInput(f'{writer.partial}: holds an interrupted run, which --resume could finish; remove it or choose another folder than {out}')
-    shutil.rmtree(writer.partial); writer.partial.mkdir()                      # what a killed one left has other shards
+    writer = CheckpointWriter(out, L+1).fresh()                                # what a killed one left has other shards
     try:
         cks = {s: Checkpoint(resolve_source(s)) for s in dict.fromkeys(named_sources(r).values())}
         base, notes, generator, dtype = cks[r.base_model], list(p.warnings), torch.Generator().manual_seed(seed), FLOATS[p.config['dtype']]

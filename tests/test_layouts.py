@@ -1,5 +1,6 @@
 "A student written again is the same model, other processes load it, and it is there whole or not at all."
 import json, os, shutil, subprocess, sys
+from pathlib import Path
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from moe_fuse.awq_loading import *
@@ -67,7 +68,7 @@ def check_layouts(runs, tmp_path):
         a, b, c = (tensors_of(f) for f in (r.out, tmp_path/l, tmp_path/f'{l}-again'))
         assert a.keys()==b.keys()==c.keys() and all(torch.equal(v, b[k]) and torch.equal(v, c[k]) for k,v in a.items())
         folders += [tmp_path/l, tmp_path/f'{l}-file']; want += [load(r.out)(ids[None]).logits[0].detach()]*2
-    export(runs['fused'].out, tmp_path/'unfolded', 'unfolded'); export(single(tmp_path/'unfolded', tmp_path/'u'), tmp_path/'unfolded-again')
+    export(runs['fused'].out, tmp_path/'unfolded', 'unfolded', text='none'); export(single(tmp_path/'unfolded', tmp_path/'u'), tmp_path/'unfolded-again')
     got = elsewhere(ids, [*folders, tmp_path/'unfolded', tmp_path/'unfolded-again'], tmp_path)
     for f,g,w in zip(folders, got, want): assert (g-w).abs().max()<=1e-4, f
     assert torch.equal(got[-1], got[-2])
@@ -87,7 +88,7 @@ def test_packed(base, layout, dtype, tinies, texts, tmp_path):
     run, unfolds = tinies[base, layout], dict(layout='unfolded') if layout=='fused' else {}
     r = export(run.out, tmp_path/'o', dtype=dtype, group_size=16, n_tokens=2048, **unfolds); e = r['export']
     assert sorted(f.name for f in tmp_path.iterdir())==['o']
-    before = Checkpoint(export(run.out, tmp_path/'plain', **unfolds) and tmp_path/'plain'); new = Checkpoint(tmp_path/'o')
+    before = Checkpoint(export(run.out, tmp_path/'plain', text='none', **unfolds) and tmp_path/'plain'); new = Checkpoint(tmp_path/'o')
     back = (lambda w: dequantize_fp8(*quantize_fp8(w))) if dtype=='fp8' else (lambda w: dequantize_awq(*quantize_awq(w, 16)))
     for k in before.entries: assert torch.equal(new.weight(k), back(before.weight(k)) if len(new.parts(k))>1 else before.weight(k)), k
     assert all(len(new.parts(k))==(3 if dtype=='awq' else 2) for k in before.entries if '.experts.' in k or 'self_attn' in k and '_proj' in k)
@@ -144,15 +145,59 @@ def test_what_is_refused_does_fail(change, tmp_path):
 
 @pytest.mark.parametrize('layout,more,say', [('slim', ['--layout', 'unfolded'], 'is slim, so it can be written as slim'), ('pruned', ['--layout', 'slim'], 'is pruned'), ('fused', ['--layout', 'pruned'], 'as fused or unfolded'),
                                              ('fused', ['--dtype', 'awq'], 'no engine reads fused layers in awq'), ('fused', ['--dtype', 'gguf:f16'], '--layout unfolded writes'), ('slim', ['--layout', 'flat'], "layout 'flat' is none of"),
-                                             ('slim', ['--dtype', 'awq', '--group-size', '7'], 'group_size 7 does not divide'), ('slim', ['--dtype', 'fp8', '--eval', 'nothing.jsonl'], 'nothing.jsonl'),
+                                             *(('slim', ['--dtype', 'awq', '--group-size', g], f'group_size {g} does not divide') for g in ('7', '0', '-5')), ('slim', ['--dtype', 'fp8', '--eval', 'nothing.jsonl'], 'nothing.jsonl'),
                                              ('fused', ['--dtype', 'fp8', '--layout', 'unfolded', '--eval', 'nothing.jsonl'], 'nothing.jsonl')])
 def test_refused(layout, more, say, tinies, tmp_path, capfd):
     (tmp_path/'o').mkdir(); refused(['export', tinies['deepseek_v3', layout].out, tmp_path/'o'/'out', *more], capfd, say, watch=[tmp_path])
 
 def test_out_that_is_there_stays_as_it_was(tinies, tmp_path, capfd):
-    (tmp_path/'out').mkdir(); (tmp_path/'out'/'mine').write_text('x'); (tmp_path/'new.unfolded').mkdir()
+    (tmp_path/'out').mkdir(); (tmp_path/'out'/'mine').write_text('x'); (tmp_path/'new.unfolded').mkdir(); (tmp_path/'new.unfolded'/'mine').write_text('x')
     refused(['export', tinies['deepseek_v3', 'slim'].out, tmp_path/'out'], capfd, 'not an empty folder', watch=[tmp_path])
     refused(['export', tinies['deepseek_v3', 'fused'].out, tmp_path/'new', '--layout', 'unfolded', '--dtype', 'fp8'], capfd, 'new.unfolded', watch=[tmp_path])
+
+def test_out_in_or_at_the_student(tinies, tmp_path, capfd):
+    "The student stays as it was, and a folder made inside is a student of its own"
+    run = tinies['deepseek_v3', 'slim']; shutil.copytree(run.out, tmp_path/'s')
+    refused(['export', tmp_path/'s', tmp_path/'s'], capfd, 'not an empty folder', watch=[tmp_path])
+    for command in ['export', tmp_path/'s', '/'], ['export', tinies['deepseek_v3', 'fused'].out, '/', '--layout', 'unfolded', '--dtype', 'fp8']: refused(command, capfd, '/: is no folder that can be made', watch=[tmp_path])
+    assert main(['export', str(tmp_path/'s'), str(tmp_path/'s'/'in')])==0 and shard_bytes(tmp_path/'s')==shard_bytes(run.out)
+    stock(tmp_path/'s'/'in', torch.bfloat16)
+
+@pytest.mark.parametrize('method', ['random', 'ream', 'seeds', 'hc_smoe'])
+def test_students_of_the_baselines_have_a_layout(method, tinies, small, tmp_path):
+    r = tinies['deepseek_v3', 'slim'].report['source']['name']
+    run = small(r, tmp_path/'s', keep=.5, method=method, baselines=()); layout = 'pruned' if method in ('random', 'ream') else 'fused'
+    assert export(run.out, tmp_path/'o', layout)['export']['layout']==layout and tensors_of(tmp_path/'o').keys()==tensors_of(run.out).keys()
+    if method=='seeds':
+        with pytest.raises(BadInput, match=f"{run.out}: mode 'multiplex_mixture' mixes"): export(run.out, tmp_path/'flat', 'unfolded', 'fp8')
+        assert sorted(f.name for f in tmp_path.iterdir())==['o', 's']
+
+BROKEN = [dict(kinds=5), dict(kinds=[]), dict(kinds=['slop']), dict(evaluation={}), dict(sizes=3), dict(export=3), dict(export={}), dict(recipe=7)]
+
+@pytest.mark.parametrize('change', BROKEN, ids=str)
+def test_a_damaged_report_is_named_before_anything_is_written(change, tinies, tmp_path, capfd):
+    shutil.copytree(tinies['deepseek_v3', 'slim'].out, tmp_path/'s'); f = tmp_path/'s/report.json'
+    f.write_text(json.dumps(json.loads(f.read_text()) | change)); refused(['export', tmp_path/'s', tmp_path/'o'], capfd, 'report.json: is damaged', watch=[tmp_path])
+    refused(['heal', tmp_path/'s', tmp_path/'o', '--teacher', tinies['deepseek_v3', 'slim'].report['source']['name']], capfd, 'report.json: is damaged', watch=[tmp_path])
+
+def test_what_bfloat16_rounds_is_measured(tinies, small, tmp_path):
+    "A student in float32, and the sums of an unfolded one; what had bfloat16 already is the same"
+    run = small(tinies['deepseek_v3', 'slim'].report['source']['name'], tmp_path/'s', keep=.5, baselines=(), dtype='float32')
+    a, b, c = export(run.out, tmp_path/'a', n_tokens=2048), export(tinies['deepseek_v3', 'fused'].out, tmp_path/'b', 'unfolded', n_tokens=2048), export(tinies['deepseek_v3', 'slim'].out, tmp_path/'c')
+    assert all(0<r['export']['evaluation']['mean']['kl']<1e-2 for r in (a, b)) and c['export']['not_measured']=='nothing was rounded'
+
+def test_a_healed_student_keeps_report_card_and_layout(tinies, texts, tmp_path, capfd):
+    src = Path(tinies['deepseek_v3', 'slim'].report['source']['name'])
+    for layout in 'slim', 'fused':
+        run = tinies['deepseek_v3', layout]; shutil.copytree(run.out, tmp_path/layout); (src/'README.md').write_text('---\nlicense: mit\n---\n'); out = tmp_path/f'{layout}-healed'
+        assert main(['heal', str(tmp_path/layout), str(out), '--teacher', str(src), '--data', texts[0], '--eval', texts[1], '--tokens', '4096', '--batch-tokens', '2048', '--seq-len', '128', '--eval-tokens', '2048'])==0
+        r, card, info = json.loads((out/'report.json').read_text()), (out/'README.md').read_text(), inspect(Checkpoint(out))
+        assert r['kinds'][0]==layout and r['student']==info and r['healing']['steps']==2 and r['evaluation']==run.report['evaluation']
+        assert 'license: mit' in card and 'After healing, end to end' in card and f"{info['total']:,}, of them {info['active']:,} active" in card and str(tmp_path) not in card
+        e = export(out, tmp_path/f'{layout}-again', layout); card = (tmp_path/f'{layout}-again/README.md').read_text()
+        assert e['export']['layout']==layout and 'After healing, end to end' in card and 'license: mit' in card
+    with pytest.raises(BadInput, match='biases of mode exact are not zero'): export(tmp_path/'fused-healed', tmp_path/'flat', 'unfolded', 'fp8')   # they were trained
+    (src/'README.md').unlink()
 
 def test_a_text_that_is_gone_is_no_error(tinies, tmp_path):
     r = tinies['deepseek_v3', 'slim']; shutil.copytree(r.out, tmp_path/'s')
@@ -195,3 +240,20 @@ def test_killed_leaves_nothing_that_looks_complete(at, more, tinies, tmp_path):
     assert [f.name for f in tmp_path.iterdir()]==['o.partial'] and not list((tmp_path/'o.partial').glob('*.index.json')) and list((tmp_path/'o.partial').glob('*.safetensors'))
     with pytest.raises(BadInput): Checkpoint(tmp_path/'o.partial')
     assert main(argv)==0 and [f.name for f in tmp_path.iterdir()]==['o'] and stock(tmp_path/'o', dtype=torch.bfloat16) if more[1]!='fp8' else main(argv)==0
+
+def test_killed_between_unfolding_and_packing(tinies, tmp_path):
+    "Nothing has a final name, and the same command goes through"
+    argv = ['export', str(tinies['deepseek_v3', 'fused'].out), str(tmp_path/'o'), '--layout', 'unfolded', '--dtype', 'fp8', '--eval', 'none']
+    assert subprocess.run([sys.executable, '-c', KILL, '6', *argv], capture_output=True, cwd=root).returncode==-9
+    assert {f.suffix for f in tmp_path.iterdir()}=={'.partial'}
+    assert main(argv)==0 and [f.name for f in tmp_path.iterdir()]==['o'] and Checkpoint(tmp_path/'o')
+
+def test_leftovers_go_and_an_interrupted_run_stays(tinies, tmp_path, capfd):
+    run, left = tinies['deepseek_v3', 'slim'], tmp_path/'o.partial'
+    left.mkdir(); (left/'model-00009-of-00009.safetensors').write_bytes(b'x'); (left/'modeling_fused_deepseek.py').write_text('x')
+    export(run.out, tmp_path/'o')
+    assert not left.exists() and not {'model-00009-of-00009.safetensors', 'modeling_fused_deepseek.py', 'states'} & {f.name for f in (tmp_path/'o').iterdir()}
+    for name in 'p.partial', 'q.unfolded.partial':
+        (tmp_path/name).mkdir(); (tmp_path/name/'run.json').write_text('{}'); (tmp_path/name/'model-00001-of-00004.safetensors').write_bytes(b'hours')
+    refused(['export', run.out, tmp_path/'p'], capfd, 'holds an interrupted run', watch=[tmp_path])
+    refused(['export', tinies['deepseek_v3', 'fused'].out, tmp_path/'q', '--layout', 'unfolded', '--dtype', 'fp8'], capfd, 'holds an interrupted run', watch=[tmp_path])

@@ -1,5 +1,5 @@
 "Written students in llama.cpp: the same logits, the same words, and nothing that it would misread."
-import json, os, shutil
+import json, os, shutil, subprocess, sys
 import numpy as np, pytest, torch, transformers
 from tiny_models import *
 from test_families import tiny
@@ -104,6 +104,13 @@ def test_a_failing_converter_leaves_nothing(students, tmp_path):
     (tmp_path/'s'/'tokenizer.json').write_text('{')
     with pytest.raises(BadInput, match='converter failed'): write_gguf(tmp_path/'s', tmp_path/'s.gguf', 'f32')
     assert not list(tmp_path.glob('*.gguf*'))
+
+@engine
+def test_full_disk_is_said_and_leaves_nothing(tmp_path):
+    from test_layouts import FULL
+    r = subprocess.run([sys.executable, '-c', FULL, '300000', 'export', str(write(tmp_path/'t', *tiny('deepseek_v3'))), str(tmp_path/'s.gguf'), '--dtype', 'gguf:f32'], capture_output=True, text=True, cwd=root)
+    assert r.returncode==2 and 'converter failed: OSError: ' in r.stderr.splitlines()[-1], r.stderr
+    assert [f.name for f in tmp_path.iterdir()]==['t']
 
 def test_refused_before_anything_is_written(tmp_path):
     with pytest.raises(BadInput, match='weights are packed'): write_gguf('demo', tmp_path/'s.gguf')

@@ -94,12 +94,22 @@ def test_a_packed_layer_is_kept_unpacked(small, tmp_path):
 
 def test_exports_take_it_along(runs, tmp_path):
     "Unfolded, a fused student's drafts; in FP8 all is packed but what DeepSeek leaves as it is"
-    flat = export(runs[0]['fused'].out, tmp_path/'flat', 'unfolded')
+    flat = export(runs[0]['fused'].out, tmp_path/'flat', 'unfolded', text='none')
     ids = runs[0]['fused'].held.ids[:20]; model = stock(tmp_path/'flat')
     assert flat['student']['parameters']['mtp']>0 and words(model, ids, use_mtp=True)==words(model, ids)
     export(runs[0]['slim'].out, tmp_path/'o', dtype='fp8', text='none'); ck, p = Checkpoint(tmp_path/'o'), f'model.layers.{N}.'
     assert ck.config['num_nextn_predict_layers']==1 and p+'eh_proj.weight_scale_inv' not in ck and p+'mlp.experts.0.up_proj.weight_scale_inv' in ck and p+'self_attn.o_proj.weight_scale_inv' in ck
     load(runs[0]['fused'].out)
+
+def test_healing_takes_it_along_as_it_was(runs, tmp_path):
+    "config.json counts the layer, so it must be there; transformers drafts with it"
+    from moe_fuse.heal import write_healed
+    s = Checkpoint(runs[0]['slim'].out); w = checkpoint.CheckpointWriter(tmp_path/'o', N+2)
+    write_healed(s, load(s.folder), w); w.publish()
+    a, b = tensors_of(s.folder), tensors_of(tmp_path/'o')
+    assert a.keys()==b.keys() and all(torch.equal(v, b[k]) for k,v in a.items() if k.startswith(f'model.layers.{N}.')) and mtp_layers(Checkpoint(tmp_path/'o'))==[N]
+    model, ids = stock(tmp_path/'o'), runs[0]['slim'].held.ids[:20]
+    assert words(model, ids, use_mtp=True)==words(model, ids)
 
 @pytest.mark.parametrize('where,at', [((pipeline, 'shrink_mtp'), 1), ((pipeline, 'write_card'), 1)], ids=['before', 'behind'])
 def test_killed_and_resumed(where, at, runs, teacher, small, monkeypatch, tmp_path):

@@ -109,4 +109,8 @@ def test_what_is_not_finished_stays_here(hub, student, tmp_path):
     f = student/'model-00002-of-00002.safetensors'; f.write_bytes(f.read_bytes()[:-10]); refused(push(hub, student, 'me/mine'), f.name, 'truncated')
     f.unlink(); refused(push(hub, student, 'me/mine'), 'missing shard')
     refused(push(hub, tmp_path/'nothing', 'me/mine'), 'no such folder')
+    refused(push(hub, student/'config.json', 'me/mine'), 'is a file; push takes the folder')
+    c = student/'config.json'; c.write_text(json.dumps(json.loads(c.read_text()) | dict(auto_map=dict(AutoConfig='modeling_x.X', AutoModelForCausalLM='modeling_x.Y')))); shutil.copy(student/'model-00001-of-00002.safetensors', f)
+    w = json.loads((student/'model.safetensors.index.json').read_text()); w['weight_map'] = {k: 'model-00001-of-00002.safetensors' for k,v in w['weight_map'].items() if v!=f.name}; (student/'model.safetensors.index.json').write_text(json.dumps(w))
+    refused(push(hub, student, 'me/mine'), 'wants modeling_x.py beside the weights')
     assert Hub.calls==[]
