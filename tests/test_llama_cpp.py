@@ -80,6 +80,28 @@ def test_other_families_with_random_weights(tmp_path, family):
     assert far<1e-4*most and words==mine
 
 @engine
+@pytest.mark.parametrize('family', ['deepseek_v2', 'deepseek_v3'])
+def test_the_file_says_what_the_config_says(students, tmp_path, family):
+    "Keys and tensors by which llama.cpp routes; read with its own reader"
+    if family=='deepseek_v3': folder = students/'slim'
+    else: folder = write(tmp_path/'s', *tiny(family, **FAMILIES_IN_LLAMA[family], routed_scaling_factor=1.5))
+    write_gguf(folder, tmp_path/'s.gguf', 'f32')
+    sys.path.insert(0, f'{os.environ["LLAMA_CPP"]}/gguf-py')
+    try: from gguf import GGUFReader
+    finally: sys.path.pop(0)
+    r, c = GGUFReader(tmp_path/'s.gguf'), json.loads((folder/'config.json').read_text())
+    says = {k.removeprefix('deepseek2.'): f.contents() for k,f in r.fields.items() if k.startswith('deepseek2.')}
+    want = dict(block_count=c['num_hidden_layers'], expert_count=c['n_routed_experts'], expert_used_count=c['num_experts_per_tok'], expert_feed_forward_length=c['moe_intermediate_size'],
+                expert_shared_count=c['n_shared_experts'], leading_dense_block_count=c['first_k_dense_replace'], expert_weights_scale=c['routed_scaling_factor'])
+    for k,v in want.items(): assert says[k]==v, k
+    assert says['expert_gating_func']==(2 if family=='deepseek_v3' else 1)      # sigmoid, softmax
+    assert bool(says.get('expert_weights_norm'))==c['norm_topk_prob']
+    if family=='deepseek_v3': assert says['expert_group_count']==c['n_group'] and says['expert_group_used_count']==c['topk_group']
+    names, i = {t.name for t in r.tensors}, c['first_k_dense_replace']
+    assert {'blk.0.attn_k_b.weight', 'blk.0.attn_v_b.weight', f'blk.{i}.ffn_gate_exps.weight', f'blk.{i}.ffn_gate_shexp.weight'}<=names and 'blk.0.attn_kv_b.weight' not in names
+    assert (f'blk.{i}.exp_probs_b.bias' in names)==(family=='deepseek_v3')
+
+@engine
 @pytest.mark.parametrize('how', ['f16', 'bf16', 'q8_0', 'q4_0', 'q4_k_m', 'q6_k'])
 def test_every_type_is_written_and_read(students, tmp_path, how):
     r = write_gguf(students/'slim', tmp_path/'s.gguf', how)
