@@ -105,7 +105,8 @@ def model_card(
     mtp, own_mtp = (x['parameters'].get('mtp', 0) for x in (t, s))
     drafts = dict(keep='kept as it was' + ('' if same_sizes(s, t) else '; engines that draft with it build it in the sizes of config.json, which it does not have, and refuse it'), shrink='made smaller with the rest').get(report['recipe'].get('mtp'))
     facts = {'architecture': f"`{config['architectures'][0]}`: {what}", 'parameters': f"{s['total']-own_mtp:,}, of them {s['active']:,} active for a token (teacher: {t['total']-mtp:,} and {t['active']:,})",
-             'bytes': f"{s['bytes']:,} (teacher as stored: {t['bytes']:,})", 'multi-token prediction': f'the teacher has a layer for it, {mtp:,} parameters; it was dropped' if mtp and not own_mtp else f'a layer more, of {own_mtp:,} parameters, {drafts}' if mtp else 'none, as in the teacher'} | _made(report) | ({'written again': written_again(again)} if again else {})
+             'bytes': f"{s['bytes']:,} (teacher as stored: {t['bytes']:,})",
+             'speed': f"not measured; a token passes through {s['active']/t['active']:.0%} of the parameters that it does in the teacher, so decoding, which memory bounds, is at most {t['active']/s['active']:.2f} times as fast in numbers of the same size", 'multi-token prediction': f'the teacher has a layer for it, {mtp:,} parameters; it was dropped' if mtp and not own_mtp else f'a layer more, of {own_mtp:,} parameters, {drafts}' if mtp else 'none, as in the teacher'} | _made(report) | ({'written again': written_again(again)} if again else {})
     own, healed = report['healing']['after'] if 'healing' in report else e[kind], ', before and without any healing' if 'healing' in report else ''
     wins = {k: [d for d in own if v[d]['loss_student']<own[d]['loss_student']] for k,v in e.items() if k!=kind}
     better = [f"{k} ({', '.join(w)})" for k,w in wins.items() if w]

@@ -22,6 +22,7 @@ def test_card(method, cards):
     head = yaml.safe_load(card.split('---\n')[1])
     assert head['license']=='other' and head['license_name']=='deepseek' and head['library_name']=='transformers' and 'base_model' not in head and 'language' not in head
     assert f'# {NAMES[method]}' in card and f"| parameters | {info['total']:,}, of them {info['active']:,} active" in card and f"| bytes | {info['bytes']:,} " in card
+    assert f"at most {inspect(Checkpoint(src))['active']/info['active']:.2f} times as fast" in card
     for k in 'calibration', 'held_out': assert r[k]['sha256'] in card
     assert table(r) in card and f"keep {r['recipe']['keep']}" in card
     assert str(src.parent) not in card and 'code.train.jsonl,chat.train.jsonl' in card
