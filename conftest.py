@@ -1,5 +1,5 @@
 "Each notebook cell becomes a pytest item, so `pytest nbs` counts cells and names the one that broke. The cell rules are those of `nbdev_test`."
-import gc, os, sys, traceback
+import gc, os, re, sys, traceback
 import pytest
 from execnb.shell import CaptureShell
 from fastcore.all import str2bool, working_directory
@@ -24,6 +24,10 @@ class NbFile(pytest.File):
         skip = set(cfg.tst_flags.split()) - set(self.config.getoption('--nb-flags').split())
         nb = NBProcessor(self.path, procs=FrontmatterProc, process=True).nb
         if str2bool(getattr(nb, 'frontmatter_', {}).get('skip_exec', False)): return
+        if all(c.cell_type!='code' for c in nb.cells):
+            it = NbWords.from_parent(self, name='links')
+            it.source = '\n'.join(c.source for c in nb.cells)
+            yield it
         for i,c in enumerate(nb.cells):
             d = getattr(c, 'directives_', {}) or {}
             if c.cell_type!='code' or not c.source.strip() or 'nbdev_export'+'(' in c.source: continue
@@ -63,4 +67,11 @@ class NbCell(pytest.Item):
     def repr_failure(self, e):
         return f'{self.path.name}, cell {self.name}:\n\n{self.source}\n\n{e.value}' if isinstance(e.value, CellError) else super().repr_failure(e)
 
+    def reportinfo(self): return self.path, 0, f'{self.path.stem}::{self.name}'
+
+class NbWords(pytest.Item):
+    "A page of words alone: what it links to is there."
+    def runtest(self):
+        gone = [l for l in re.findall(r'\]\(([^)#\s]+)', self.source) if '://' not in l and not (self.path.parent/l).exists()]
+        assert not gone, f'{self.path.name} links to {gone}'
     def reportinfo(self): return self.path, 0, f'{self.path.stem}::{self.name}'
