@@ -117,7 +117,7 @@ def export(
     ck, out = Checkpoint(resolve_source(student)), Path(out)
     report = read_report(ck.folder)
     have = layout_in(ck, report); to = check_layout(ck, have, layout, dtype)
-    if have!='fused': check_supported(ck.config)
+    check_supported(ck.config, fused=True)
     if problems := transformers_problems(ck.config): raise BadInput(f'{student}: transformers would not run it as it is: ' + '; '.join(problems))
     if how=='gguf': check_gguf(unfolded_config(ck) if have=='fused' else ck.config, student, out, kind, llama_cpp)
     def finish(new, old):

@@ -6,8 +6,8 @@
 __all__ = ['KINDS', 'FUSED_STUDENTS', 'METHODS', 'MTP', 'Stream', 'Job', 'fresh_stats', 'teacher_layer', 'Targets',
            'common_width', 'uneven_slim', 'spread_widths', 'build', 'fit_down', 'sample_inputs', 'distill_block',
            'routed_fvu', 'round_weights', 'student_layer', 'check_recipe', 'source_hash', 'open_run', 'head_tensors',
-           'router_dtype', 'block_sizes', 'kept_mtp', 'enter_mtp', 'shrink_mtp', 'run_layers', 'Run', 'peak_memory',
-           'kind_sizes', 'table', 'plot_report', 'read_report', 'execute', 'compress', 'tell_healed',
+           'router_dtype', 'block_sizes', 'written_mtp', 'kept_mtp', 'enter_mtp', 'shrink_mtp', 'run_layers', 'Run',
+           'peak_memory', 'kind_sizes', 'table', 'plot_report', 'read_report', 'execute', 'compress', 'tell_healed',
            'compress_and_heal']
 
 # %% ../nbs/08_pipeline.ipynb #5c91f6ed
@@ -373,6 +373,12 @@ def block_sizes(
 # %% ../nbs/08_pipeline.ipynb #d4af7001
 MTP = 'drop', 'keep', 'shrink'  # what becomes of multi-token-prediction layers
 
+def written_mtp(
+    ck:Checkpoint, how:str, # the teacher; one of `MTP`
+) -> list: # of indices
+    "The multi-token-prediction layers that the student gets."
+    return [] if how=='drop' else mtp_layers(ck)
+
 def kept_mtp(
     ck:Checkpoint, i:int, # the layer's index
     dtype=torch.bfloat16, # of what is packed
@@ -460,7 +466,7 @@ def run_layers(
         write_atomic(writer.partial/'run.json', json.dumps(run))
         for s in streams.values(): s.step()
         t = job.stage('write', t)
-    for j,i in enumerate(mtp_layers(ck) if job.recipe['mtp']!='drop' else (), model.config.num_hidden_layers+1):
+    for j,i in enumerate(written_mtp(ck, job.recipe['mtp']), model.config.num_hidden_layers+1):
         if job.recipe['mtp']=='keep': own = kept_mtp(ck, i, job.dtype)
         else: own, run['mtp'] = shrink_mtp(ck, i, model, kinds[0], streams, y, folder, job)
         writer.write(j, own); t = job.stage('multi-token prediction', t)
@@ -589,7 +595,7 @@ def execute(
         with torch.no_grad(): results = {k: compare(held, logits['teacher'], logits[k]) for k in kinds}
         job.stage('evaluation', t)
     for s in streams.values(): s.close()
-    before, after = inspect(source), inspect(writer.close((fused_student_config if kinds[0] in FUSED_STUDENTS else student_config)(source.config, run['block'], recipe['dtype'], len(mtp_layers(source)) if recipe['mtp']!='drop' else 0), source.folder))
+    before, after = inspect(source), inspect(writer.close((fused_student_config if kinds[0] in FUSED_STUDENTS else student_config)(source.config, run['block'], recipe['dtype'], len(written_mtp(source, recipe['mtp']))), source.folder))
     if kinds[0] in FUSED_STUDENTS: write_atomic(writer.partial/MODELLING, modelling_source())
     report = dict(source=dict(name=name, **before), student=after, recipe=recipe, kinds=kinds, sizes=kind_sizes(before, after, recipe, kinds),
                   calibration=dict(tokens=cal.count(), sha256=cal.sha256, **cal.report),
@@ -638,7 +644,7 @@ def compress(
     for t in cal, held:
         if t.ids.max() >= source.config['vocab_size']: raise BadInput(f'token {int(t.ids.max())} is outside the vocabulary of {source.config["vocab_size"]}')
     recipe |= dict(source=source_hash(source), text=calibration, eval_text=eval_data or 'demo', calibration=cal.sha256, held_out=held.sha256)
-    writer = CheckpointWriter(out, source.config['num_hidden_layers']+1+(len(mtp_layers(source)) if mtp!='drop' else 0))
+    writer = CheckpointWriter(out, source.config['num_hidden_layers']+1+len(written_mtp(source, mtp)))
     run = open_run(writer, recipe, resume)
     need, free_bytes = (2*len(kinds)+3+4*(mtp=='shrink'))*(len(cal)+len(held))*state_bytes(source.config['hidden_size'], STATE_DTYPES[states]), shutil.disk_usage(writer.partial).free
     try:

@@ -133,7 +133,7 @@ def quantize_checkpoint(
 ) -> Checkpoint: # what was written
     "Write a checkpoint again in 16, 8 or 4 bits."
     ck = Checkpoint(resolve_source(src)); c, fused, layers = ck.config, 'n_cores' in ck.config, {}
-    family = FUSED_FAMILIES.get(c.get('model_type')) or check_supported(c)
+    family = check_supported(c, fused=True)
     if fused and how!='bf16': raise BadInput(f'{src}: no engine reads fused layers in {how}; unfold them first')
     if how not in ('bf16', 'fp8', 'awq'): raise BadInput(f'{how!r} is none of bf16, fp8, awq')
     for k in weight_names(ck): layers.setdefault(int(k.split('.')[2]) if k.startswith('model.layers.') else -1, []).append(k)
