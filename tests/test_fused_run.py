@@ -1,5 +1,5 @@
 "A fused student is written as it was in memory, carries the code that loads it, and is there whole or not at all."
-import json, os, shutil, subprocess, sys
+import json, shutil
 import numpy as np, pytest, torch
 from transformers import AutoModelForCausalLM
 from moe_fuse import checkpoint, pipeline
@@ -78,12 +78,7 @@ for i,folder in enumerate(sys.argv[2:]):
 assert sys.modules['moe_fuse'] is None
 '''
 
-def elsewhere(ids, folders, tmp_path):
-    np.save(tmp_path/'ids.npy', ids.numpy())
-    env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'} | dict(HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1')
-    r = subprocess.run([sys.executable, '-c', ELSEWHERE, str(tmp_path/'ids.npy'), *map(str, folders)], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert r.returncode==0, r.stderr[-3000:]
-    return [torch.from_numpy(np.load(f'{f}.npy')) for f in folders]
+def elsewhere(ids, folders, tmp_path): return run_elsewhere(ELSEWHERE, ids, folders, tmp_path)
 
 def test_a_process_without_moe_fuse(runs, tmp_path):
     "All four, sharded, and one as a single file, in one process: logits, decoding, training in bfloat16"

@@ -46,12 +46,7 @@ for folder in sys.argv[2:]:
     assert len(words)==16 and tok.decode(words).strip(), folder
 '''
 
-def elsewhere(ids, folders, tmp_path):
-    np.save(tmp_path/'ids.npy', ids.numpy())
-    env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'} | dict(HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1')
-    r = subprocess.run([sys.executable, '-c', ELSEWHERE, str(tmp_path/'ids.npy'), *map(str, folders)], capture_output=True, text=True, cwd=tmp_path, env=env)
-    assert r.returncode==0, r.stderr[-3000:]
-    return [torch.from_numpy(np.load(f'{f}.npy')) for f in folders]
+def elsewhere(ids, folders, tmp_path): return run_elsewhere(ELSEWHERE, ids, folders, tmp_path)
 
 def single(folder, out):
     "The same checkpoint as one file"

@@ -1,7 +1,7 @@
 "Tiny random DeepSeek checkpoints for the tests, packed by hand: nothing here is taken from the library under test."
-import json, random, shutil
+import json, os, random, shutil, subprocess, sys
 from pathlib import Path
-import torch
+import numpy as np, torch
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -123,3 +123,11 @@ def write_texts(folder):
         chats = [[dict(role='user', content=t[:200]), dict(role='assistant', content=t[200:])] for t in docs[1::2]]
         (folder/f'chat.{split}.jsonl').write_text(''.join(json.dumps(dict(messages=m))+'\n' for m in chats))
     return tuple(f'{folder}/code.{s}.jsonl,{folder}/chat.{s}.jsonl' for s in ('train','valid'))
+
+def run_elsewhere(script, ids, folders, tmp_path): # -> what it saved beside each folder, as FOLDER.npy
+    "A script in a process that does not find moe_fuse on its path; it is given a file of ids and the folders"
+    np.save(tmp_path/'ids.npy', ids.numpy())
+    env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'} | dict(HF_HOME=str(tmp_path/'hf'), HF_HUB_OFFLINE='1')
+    r = subprocess.run([sys.executable, '-c', script, str(tmp_path/'ids.npy'), *map(str, folders)], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert r.returncode==0, r.stderr[-3000:]
+    return [torch.from_numpy(np.load(f'{f}.npy')) for f in folders]
