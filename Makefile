@@ -4,8 +4,9 @@ VENV     ?= .venv
 DEMO_OUT ?= demo_out
 BIN      := $(VENV)/bin
 PIP      := $(BIN)/python -m pip --disable-pip-version-check
-# cells and tests run in one process: a few threads serve these small tensors best
+# a few threads serve these small tensors best; in tests one, for JOBS processes at a time
 export OMP_NUM_THREADS ?= 2
+JOBS     ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
 # one stamp a step, named after what it depends on: nothing is installed twice, and nothing stale is kept
@@ -29,9 +30,11 @@ demo: $(RUN_OK)
 	rm -rf "$(DEMO_OUT)"
 	$(BIN)/moe-fuse run demo "$(DEMO_OUT)" --keep 0.25
 
+# a process for each notebook: none sees what another patched
+test: export OMP_NUM_THREADS = 1
 test: $(DEV_OK) $(LLAMA_OK)
-	@fail=0; for nb in nbs/*.ipynb; do echo $$nb; $(BIN)/python -m pytest -q -ra $$nb || fail=1; done; \
-	$(BIN)/python -m pytest -q -ra tests || fail=1; exit $$fail   # a process for each notebook: none sees what another patched
+	@fail=0; printf '%s\n' nbs/*.ipynb | xargs -P $(JOBS) -I{} sh -c 'out=$$($(BIN)/python -m pytest -q -ra {} 2>&1); rc=$$?; echo "{}: $$out"; exit $$rc' || fail=1; \
+	$(BIN)/python -m pytest -q -ra -n $(JOBS) --dist loadfile tests || fail=1; exit $$fail
 
 set-up: $(DEV_OK)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'with_config', 'fill', 'beside_experts', 'slim_moe', 'kept_experts', 'pruned_moe', 'delta_shapes', 'FusedMoE',
-           'Dispatch', 'dispatch', 'to_cores', 'sum_members', 'to_tokens', 'block_forward', 'svd_lora', 'shared_lora',
-           'fit_deltas', 'fuse_moe', 'fused_parameters']
+           'Dispatch', 'dispatch', 'take', 'to_cores', 'sum_members', 'to_tokens', 'block_forward', 'svd_lora',
+           'shared_lora', 'fit_deltas', 'fuse_moe', 'fused_parameters']
 
 # %% ../nbs/04_multiplex_lora.ipynb #96612534
 import copy, math
@@ -176,13 +176,20 @@ def dispatch(
     return Dispatch(indices, p, q, leads, member, q.row.view_as(first).gather(1, first).flatten()[p.slot])
 
 # %% ../nbs/04_multiplex_lora.ipynb #cb349e36
+def take(
+    v:torch.Tensor,   # [P, H]
+    row:torch.Tensor, # [...] int64
+) -> torch.Tensor: # [..., H]
+    "Rows of `v`. The gradient of `v[row]` is summed on a CPU in whatever order its threads come; this one in one order."
+    return nn.functional.embedding(row, v)
+
 def to_cores(
     v:torch.Tensor, # [P, ...] values of the slots, or [T, ...] of the tokens
     d:Dispatch,     # of the batch
     per=1,          # slots a row of v: 1, or k
 ) -> torch.Tensor: # [P, ...] sorted by core
     "Values of the slots that lead."
-    v = v[d.core.slot//per]
+    v = take(v, d.core.slot//per)
     return v.masked_fill(~d.leads.flatten()[d.core.slot,None], 0) if torch.is_grad_enabled() else v   # for the gradient
 
 def sum_members(
@@ -191,7 +198,7 @@ def sum_members(
     d:Dispatch,         # of the batch
 ) -> torch.Tensor: # [P, ...] sorted by core
     "Sum the members of each core."
-    return to_cores((share.to(v.dtype) @ v[d.expert.row].view(*d.ids.shape, v.shape[1])).flatten(0, 1), d)
+    return to_cores((share.to(v.dtype) @ take(v, d.expert.row.view_as(d.ids))).flatten(0, 1), d)
 
 def to_tokens(
     v:torch.Tensor,      # [P, H] rows
@@ -199,7 +206,7 @@ def to_tokens(
     weight:torch.Tensor, # [T, k]
 ) -> torch.Tensor: # [T, H]
     "Weighted sum over each token's slots."
-    return (weight.to(v.dtype)[:,None] @ v[row]).squeeze(1)
+    return (weight.to(v.dtype)[:,None] @ take(v, row)).squeeze(1)
 
 # %% ../nbs/04_multiplex_lora.ipynb #0f527de6
 @patch
@@ -212,8 +219,8 @@ def lora(self:FusedMoE, z, part, ends, code=1): # [P, in], gate_up or down, wher
 @patch
 def mixed_lora(self:FusedMoE, z, part, share, d): # [P, in] sorted by core -> list of [P, out]
     "What the members of a core add to its projection, mixed before the nonlinearity."
-    if self.mode!='fused_lora': return [sum_members(v, share, d) for v in self.lora(z[d.inv], part, d.expert.ends)]
-    code = share.to(z.dtype) @ getattr(self, 'm_'+part)[d.ids]                 # sum_i p_i M_i  [T, k, rank]
+    if self.mode!='fused_lora': return [sum_members(v, share, d) for v in self.lora(take(z, d.inv), part, d.expert.ends)]
+    code = share.to(z.dtype) @ take(getattr(self, 'm_'+part), d.ids)           # sum_i p_i M_i  [T, k, rank]
     return self.lora(z, part, d.core.ends, to_cores(code.flatten(0, 1), d))
 
 # %% ../nbs/04_multiplex_lora.ipynb #6cfc65e6
@@ -223,7 +230,7 @@ def mixed(self:FusedMoE, x, d): # [T, H] -> [T, H]
     s = d.member.sum(2)                                                        # s_e, zero for slots that don't lead
     share = d.member/s.clamp(min=torch.finfo(s.dtype).tiny)[:,:,None]          # p_i
     z = to_cores(x, d, s.shape[1])
-    if self.mode.startswith('multiplex'): z = z + to_cores((share.to(x.dtype) @ self.multiplex[d.ids]).flatten(0, 1), d)
+    if self.mode.startswith('multiplex'): z = z + to_cores((share.to(x.dtype) @ take(self.multiplex, d.ids)).flatten(0, 1), d)
     g, u = grouped(z, self.gate_up_proj, d.core.ends).chunk(2, -1)
     if self.rank: g, u = (a+b for a,b in zip((g, u), self.mixed_lora(z, 'gate_up', share, d)))
     h = self.act_fn(g)*u
@@ -235,15 +242,15 @@ def mixed(self:FusedMoE, x, d): # [T, H] -> [T, H]
 def exact_hidden(self:FusedMoE, x, d): # [T, H] -> [P, R] sorted by expert
     "h_i: every expert its own nonlinearity, cores shared."
     k, p = d.ids.shape[1], d.expert
-    g, u = grouped(to_cores(x, d, k), self.gate_up_proj, d.core.ends)[d.inv].chunk(2, -1)  # G_e x, U_e x
-    cg, cu = self.bias[d.ids.flatten()[p.slot]].chunk(2, -1)
-    lg, lu = self.lora(x[p.slot//k], 'gate_up', p.ends) if self.rank else (0, 0)
+    g, u = take(grouped(to_cores(x, d, k), self.gate_up_proj, d.core.ends), d.inv).chunk(2, -1)   # G_e x, U_e x
+    cg, cu = take(self.bias, d.ids.flatten()[p.slot]).chunk(2, -1)
+    lg, lu = self.lora(take(x, p.slot//k), 'gate_up', p.ends) if self.rank else (0, 0)
     return self.act_fn(g+lg+cg)*(u+lu+cu)
 
 @patch
 def exact_low(self:FusedMoE, h, d): # [P, R] sorted by expert -> [T, H]
     "The sum of w_i B^d_i A^d_i h_i."
-    z = grouped(h, self.a_down, d.expert.ends)[d.expert.row].view(*d.ids.shape, self.rank)
+    z = take(grouped(h, self.a_down, d.expert.ends), d.expert.row.view_as(d.ids))
     z = d.member.sum(1).to(h.dtype)[:,:,None]*z                                # w_i A^d_i h_i  [T, k, r]
     z = z.new_zeros(len(z), len(self.groups), self.rank).scatter(1, d.ids[:,:,None].expand_as(z), z)
     return torch.einsum('tnr,nhr->th', z, self.b_down)

@@ -357,3 +357,17 @@ def test_blocks_that_do_not_fit_are_named():
     make = lambda i, r: fuse_moe(teacher.model.layers[i].mlp, torch.arange(16)%5, torch.ones(16), r)
     with pytest.raises(ValueError, match=r'fused blocks for layers \[1\], the routed layers are \[1, 2\]'): fused_model(teacher, {1: make(1, 2)})
     with pytest.raises(ValueError, match=r"several sizes .*\(5, 2, 'exact', 32\), \(5, 3, 'exact', 32\)"): fused_model(teacher, {1: make(1, 2), 2: make(2, 3)})
+
+@pytest.mark.parametrize('mode', MODES)
+def test_two_threads_give_the_same_gradients_each_time(mode):
+    "Training is the same to the last bit on any number of runs: no gradient is summed in the order in which threads come"
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        f, x = fused_block(mode, torch.arange(12)%4, 4, h=32, dtype=torch.float32), torch.randn(2048, 32)
+        g = torch.randn(2048, 32)
+        p = [v.requires_grad_() for k,v in f.named_parameters()]
+        grads = lambda x: torch.autograd.grad(f(x), [x, *p], g)
+        first = grads(x.requires_grad_())
+        for _ in range(8): assert all(map(torch.equal, first, grads(x)))
+    finally: torch.set_num_threads(before)
