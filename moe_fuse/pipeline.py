@@ -680,7 +680,6 @@ def compress_and_heal(
     fused, both = Path(f'{out}.fused'), dict(eval_data=eval_data, eval_tokens=eval_tokens, seed=seed, device=device, resume=resume, quiet=quiet)
     if Path(out).exists() and (not Path(out).is_dir() or any(Path(out).iterdir())): raise BadInput(f'{out}: not an empty folder; name another folder')
     batch = min(16384, max(512, heal_tokens//64//512*512))                     # 64 steps at least, if there are tokens for them
-    if kwargs.get('mtp', 'drop')!='drop': raise BadInput(f"mtp is {kwargs['mtp']}: healing writes the trunk only, so a multi-token-prediction layer can only be dropped")
     if heal_tokens<2*MIN_TOKENS: raise BadInput(f'{heal_tokens} tokens are too few to heal with, at least {2*MIN_TOKENS} are needed')
     if resume and (fused/'report.json').exists(): run = Run(read_json(fused/'report.json'), fused, None, {})
     else: run = compress(src, fused, calibration=calibration, **both, **kwargs)

@@ -121,5 +121,12 @@ def test_killed_and_resumed(where, at, runs, teacher, small, monkeypatch, tmp_pa
 def test_refused(teacher, tiny_teacher, texts, tmp_path, capfd):
     less = ['--calibration', texts[0], '--eval', texts[1], '--tokens', '2048', '--eval-tokens', '2048']
     for src,how,say in (tiny_teacher, 'keep', 'has no multi-token-prediction layer'), (teacher, 'copy', "mtp 'copy' is none of drop, keep, shrink"): refused(['run', src, tmp_path/'o', '--mtp', how, *less], capfd, say, watch=[tmp_path])
-    with pytest.raises(BadInput, match='healing writes the trunk only'): compress_and_heal(teacher, tmp_path/'s', 65536, mtp='keep')
     assert not list(tmp_path.iterdir())
+
+def test_kept_through_healing(teacher, texts, tmp_path):
+    "Healing trains the trunk; the layer that drafts is the one that was kept"
+    kw = dict(calibration=texts[0], eval_data=texts[1], tokens=2048, eval_tokens=2048, quiet=True, device='cpu', keep=.5, baselines=())
+    run = compress_and_heal(teacher, tmp_path/'s', 4096, mtp='keep', **kw)
+    a, b = tensors_of(teacher), tensors_of(run.out)
+    mine = [k for k in a if k.startswith(f'model.layers.{N}.')]
+    assert mine and all(torch.equal(a[k].to(b[k].dtype), b[k]) for k in mine) and mtp_layers(Checkpoint(run.out))==[N] and 'healing' in run.report
