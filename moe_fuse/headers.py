@@ -103,6 +103,8 @@ class Checkpoint:
     def __repr__(self): return f'{self.folder.name}: {self.config.get("model_type")}, {len(self.entries):,} tensors, {self.nbytes/1e6:,.1f} MB'
 
 # %% ../nbs/00_headers.ipynb #ccec38e7
+def _unanswered(src, e): return BadInput(f'{src}: no such folder, and the hub gave no answer ({type(e).__name__}): check the name, the connection, and for a gated model `hf auth login`')
+
 def resolve_source(
     src:str, # a local folder, a hub id such as `deepseek-ai/DeepSeek-V2-Lite`, or `demo`
 ) -> Path: # a local folder
@@ -112,7 +114,7 @@ def resolve_source(
     if not re.fullmatch(r'[\w.-]+/[\w.-]+', str(src)) or Path(src).exists(): raise BadInput(f'{src}: no such folder, and not a hub id')
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(src, allow_patterns=['*.safetensors', '*.json', '*.jinja', '*.txt', '*.model', 'README.md']))
-    except Exception as e: raise BadInput(f'{src}: no such folder, and the hub gave no answer ({type(e).__name__}): check the name, the connection, and for a gated model `hf auth login`') from None
+    except Exception as e: raise _unanswered(src, e) from None
 
 # %% ../nbs/00_headers.ipynb #d80f0c4e
 def open_headers(
@@ -123,7 +125,7 @@ def open_headers(
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
     ck = Checkpoint.__new__(Checkpoint)
     try: ck.folder, files = Path(hf_hub_download(src, 'config.json')).parent, get_safetensors_metadata(src).files_metadata
-    except Exception as e: raise BadInput(f'{src}: no such folder, and the hub gave no answer ({type(e).__name__}): check the name, the connection, and for a gated model `hf auth login`') from None
+    except Exception as e: raise _unanswered(src, e) from None
     ck.config, ck._open = read_json(ck.folder/'config.json'), {}
     ck.entries = {k: Entry(f, t.dtype, tuple(t.shape), *t.data_offsets) for f,m in files.items() for k,t in m.tensors.items()}
     return ck

@@ -160,7 +160,7 @@ def test_it_can_be_distilled(case, name):
 
 def test_bytes_at_sizes_of_real_models():
     for n,h,i,k in (64, 2048, 1408, 6), (256, 7168, 2048, 8), (128, 2048, 768, 8):
-        for layout,keep in itertools.product(LAYOUTS, (.5, .25, .125)):
+        for layout,keep in itertools.product(BASELINE_LAYOUTS, (.5, .25, .125)):
             z = layout_shape(layout, n, h, i, keep, k)
             assert z.routed <= keep*n*3*h*i and z.active <= z.routed and z.routed > .85*keep*n*3*h*i
             if layout in ('multiplex_mixture', 'exact'): assert z.routed==fused_parameters(n, h, i, z.cores, z.rank, layout)
@@ -226,7 +226,7 @@ def test_the_command_line_takes_them_and_lists_them(capfd, tmp_path):
 
 @pytest.mark.parametrize('keep', [float('nan'), float('inf'), 0, -1])
 def test_shares_of_no_layer_are_refused(keep):
-    for layout in LAYOUTS:
+    for layout in BASELINE_LAYOUTS:
         with pytest.raises(BadInput, match='keep'): layout_shape(layout, 32, 192, 64, keep, 4)
 
 def test_more_than_all_and_unknown_layouts_are_refused():
