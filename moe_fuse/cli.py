@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     c.add_argument('--llama-cpp', metavar='DIR', help='llama.cpp\'s source folder, whose converter writes GGUF; left out, the environment variable LLAMA_CPP')
     c = command('push', 'upload the folder of a finished student to the hub, weights first, the index last', 'moe-fuse push healed me/my-student')
     c.add_argument('folder', metavar='OUT', help='folder that run, heal or export wrote'); c.add_argument('repo_id', metavar='REPO_ID', help='e.g. me/my-student; made if it is not there')
-    c.add_argument('--public', action='store_true', help='a new repository is private without this; one that is there stays as it is')
+    c.add_argument('--public', action='store_true', help='a new repository is private without this; one that is there stays as it is. report.json and the card name files and folders as you typed them')
     c = command('upcycle', 'make a mixture of experts of dense models, as a YAML file with mergekit-moe\'s keys says, and write it to OUT', 'moe-fuse upcycle mixture.yml out')
     c.add_argument('config', metavar='CONFIG.yml', help='base_model, experts, gate_mode and so on'); c.add_argument('out', metavar='OUT', help='folder to make'); c.add_argument('--seed', type=int, default=0, help='of random gates and noise')
     c = command('analyse', 'look at the experts of SRC and predict what students of several sizes would lose; numbers and pictures go to OUT', 'moe-fuse analyse demo analysis',
