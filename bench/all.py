@@ -61,9 +61,10 @@ if __name__=='__main__':
         import torch
         if not torch.cuda.is_available(): p.error('--device cuda: there is no GPU here')
     from moe_fuse.checkpoint import write_atomic                               # torch comes with it: not before the arguments are known to be good
-    found = conditions(a.device) | dict(seconds={}, machine={}, rows=[], growth=[], failed={})
+    found = conditions(a.device) | dict(seconds={}, load={}, machine={}, rows=[], growth=[], failed={})
     for name in a.only:
         start = time.time(); got = run(name, a); found['seconds'][name] = round(time.time()-start, 1)
+        if hasattr(os, 'getloadavg'): found['load'][name] = round(os.getloadavg()[0], 1)   # over the last minute: more than the threads, and others computed too
         if 'failed' in got: found['failed'][name] = got['failed']
         for k in 'rows', 'growth': found[k] += [dict(part=name) | r for r in got.get(k, [])]
         found['machine'] |= got.get('machine', {})

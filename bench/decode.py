@@ -60,7 +60,7 @@ with tempfile.TemporaryDirectory() as d, contextlib.ExitStack() as stack:
     t = in_turns(more, a.repeats, a.device, warm=1)
     one = {k: (t[f'{k} {a.tokens+1}']-t[f'{k} 1'])/a.tokens for k in ways}
     _, copy = ceilings(a.device, dtype)
-    facts = {k: dict(tokens=1, active=info[of]['active'], bytes=read_by_token(info[of])*size, flops=2*read_by_token(info[of])) for k,(of,_,size) in ways.items()}
+    facts = {k: dict(tokens=1, active=info[of]['active'], bytes=read_by_token(info[of])*size, flops=2*read_by_token(info[of])) | (dict(engine=f'llama-cpp-python {llama_cpp.__version__}') if 'llama' in k else {}) for k,(of,_,size) in ways.items()}
     first = 'teacher, transformers'
     rows = [row(f'decode at batch 1, {k}', one[k], 'the teacher in transformers' if of!='teacher' and 'llama' not in k else 'the student in transformers', one[first if 'llama' not in k else 'student, transformers'],
                 'bytes and, in transformers, Python' if 'llama' not in k else 'bytes', **facts[k]) for k,(of,_,_) in ways.items() if k!=first]
