@@ -1,4 +1,4 @@
-# make demo | test | docs | outputs | readme | set-up | llama | clean. Needs python3 (3.10-3.12), make and git; PYTHON=python3.12 picks another interpreter.
+# make demo | test | bench | bench-gpu | docs | outputs | readme | set-up | llama | clean. Needs python3 (3.10-3.12), make and git; PYTHON=python3.12 picks another interpreter.
 PYTHON   ?= python3
 VENV     ?= .venv
 DEMO_OUT ?= demo_out
@@ -24,7 +24,7 @@ LLAMA_OK := $(VENV)/.$(subst ==,-,$(LLAMA))
 RUN_OK   := $(VENV)/.run-$(KEY)
 DEV_OK   := $(VENV)/.dev-$(KEY)
 
-.PHONY: demo test set-up llama docs outputs readme clean
+.PHONY: demo test bench bench-gpu set-up llama docs outputs readme clean
 
 demo: $(RUN_OK)
 	rm -rf "$(DEMO_OUT)"
@@ -35,6 +35,13 @@ test: export OMP_NUM_THREADS = 1
 test: $(DEV_OK) $(LLAMA_OK)
 	@fail=0; printf '%s\n' nbs/*.ipynb | xargs -P $(JOBS) -I{} sh -c 'out=$$($(BIN)/python -m pytest -q -ra {} 2>&1); rc=$$?; echo "{}: $$out"; exit $$rc' || fail=1; \
 	$(BIN)/python -m pytest -q -ra -n $(JOBS) --dist loadfile tests || fail=1; exit $$fail
+
+# speed, beside peers and ceilings, in under ten minutes on two cores: results/benchmarks-cpu.json. llama.cpp's rows need `make llama` first
+bench: $(DEV_OK)
+	$(BIN)/python bench/all.py
+
+bench-gpu: $(DEV_OK)
+	$(BIN)/python bench/all.py --device cuda --timeout 600
 
 set-up: $(DEV_OK)
 

@@ -8,13 +8,14 @@ first; CPU seconds are those of all threads, and say more than wall seconds on a
 import argparse, tempfile, time
 from pathlib import Path
 
+from measure import add_json, give, row
 from moe_fuse.analysis import *
 from moe_fuse.awq_loading import *
 from moe_fuse.calibration import *
 from moe_fuse.headers import *
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('teacher'); p.add_argument('data'); p.add_argument('--tokens', type=int, default=262144)
+p.add_argument('teacher'); p.add_argument('data'); p.add_argument('--tokens', type=int, default=262144); add_json(p)
 a = p.parse_args()
 
 text = 'demo' if a.data=='demo' else ','.join(str(f) for f in sorted(Path(a.data).glob('*.train.jsonl.gz')))
@@ -38,3 +39,4 @@ print(f'{len(cal):,} tokens, {len(report["layers"])} routed layers' + ' '*8 + 'w
 for k,v in {'reading and tokenising the text':tokens, "the teacher's forward pass":alone, 'the analysis, both included':whole, 'beyond text and forward pass':more}.items(): print(f'{k:<34} {v[0]:8.1f} {v[1]:8.1f}')
 print(f'{"ratio to the forward pass":<34} {more[0]/alone[0]:8.2f} {more[1]/alone[1]:8.2f}')
 print('  '.join(f'{k} {v:.1f}' for k,v in report['seconds'].items()))
+if a.json: give(a, [row(f'analyse {a.teacher}, text and forward pass included', whole[0], "the teacher's forward pass, layer by layer", alone[0], 'FLOPs', tokens=len(cal))])

@@ -3,6 +3,7 @@
     python bench/closed_form.py                                              # DeepSeek-V2-Lite on a GPU, a small layer on a CPU
     python bench/closed_form.py --size v3 --solver iterative --budget 40     # GB that the solver may take
     python bench/closed_form.py --solver both --out results/closed-form.json
+    python bench/closed_form.py --grow                                       # how its time grows with tokens, experts and width
 
 The layer is random: inputs whose variances fall like 1/j, a correlated router, and neurons of unequal weight of which the strongest quarter
 stays. Residuals are taken in float64, from features computed anew, in 64 columns. What is timed is what `fit_down` does: reading the states, routing aside,
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
+from measure import add_json, give, growth, row
 from moe_fuse.checkpoint import write_atomic
 from moe_fuse.expert_analysis import *
 from moe_fuse.fusion import *
@@ -87,32 +89,55 @@ def held_out(layer, down, shared):
     return fvu(torch.cat(ys), torch.cat(hats))
 
 @torch.no_grad()
-def measure(layer, size, solver, budget, top):
-    (n, h, r, s, k, T), dev = (size[x] for x in ('n','h','r','s','k','tokens')), layer.device
-    f = n*r+s
-    base = torch.cuda.memory_allocated() if dev=='cuda' else 0
-    if dev=='cuda': torch.cuda.reset_peak_memory_stats()
+def fit_layer(layer, solver='direct', budget=None): # -> (down, shared, the fit, {stage: seconds})
+    dev = layer.device
     start = t = now(dev); seconds = dict.fromkeys(('features','add','solve'), 0.)
     fit = JointRidge(layer.down, layer.shared_down, budget, direct=solver=='direct')
     for a,b in layer.batches(min(fit.step, 8192)):
         parts = layer.features(a, b); t2 = now(dev); seconds['features'] += t2-t
         fit.add(*parts); t = now(dev); seconds['add'] += t-t2
-    down, shared = fit.solve(); seconds['solve'] = now(dev)-t
+    down, shared = fit.solve(); end = now(dev)
+    return down, shared, fit, seconds | dict(solve=end-t, total=end-start)
+
+@torch.no_grad()
+def measure(layer, size, solver, budget, top):
+    (n, h, r, s, k, T), dev = (size[x] for x in ('n','h','r','s','k','tokens')), layer.device
+    f = n*r+s
+    base = torch.cuda.memory_allocated() if dev=='cuda' else 0
+    if dev=='cuda': torch.cuda.reset_peak_memory_stats()
+    down, shared, fit, seconds = fit_layer(layer, solver, budget)
     pairs = T*k
     work = dict(features=pairs*r*h*4 + T*s*h*4, rhs=(pairs*r+T*s)*h*4)
     work['add'] = work['rhs'] + (pairs*r*f + T*s*s*2 if solver=='direct' else pairs*r*r*2 + T*s*s*2)   # the triangle: half of 2 F
     work['solve'] = f**3/3 + 2*f*f*h if solver=='direct' else (fit.iterations+1)*(pairs*r+T*s)*h*4
-    return dict(solver=solver, budget=budget, F=f, seconds={x: round(v, 2) for x,v in seconds.items()} | dict(total=round(now(dev)-start, 2)),
-                tflops={x: round(work[x]/seconds[x]/1e12, 2) for x in seconds}, matmul_tflops=round(top/1e12, 2),
+    return dict(solver=solver, budget=budget, F=f, seconds={x: round(v, 2) for x,v in seconds.items()},
+                tflops={x: round(work[x]/seconds[x]/1e12, 2) for x in ('features','add','solve')}, matmul_tflops=round(top/1e12, 2),
                 peak_gb=round((torch.cuda.max_memory_allocated()-base)/1e9, 2) if dev=='cuda' else None, residual=residual(layer, down, shared),
                 iterations=getattr(fit, 'iterations', None), fvu_before=held_out(layer, layer.down, layer.shared_down), fvu=held_out(layer, down, shared))
+
+@torch.no_grad()
+def grow(dev): # (the row of the middle size, growth along each axis)
+    "One axis at a time: the others stay at the middle. The best of three"
+    middle = SIZES['small'] | (dict(n=64, h=1024, i=704, r=176, s=704, k=6, tokens=65536) if dev=='cuda' else {})
+    def seconds(**change):
+        size = middle | change
+        layer = Layer(**size, held=0, device=dev); fit_layer(layer)
+        return size, min((fit_layer(layer)[3] for _ in range(3)), key=lambda s: s['total'])
+    size, base = seconds(); top, f = ceiling(dev), size['n']*size['r']+size['s']
+    work = size['tokens']*((size['k']*size['r']+size['s'])*size['h']*8 + size['k']*size['r']*f + size['s']**2*2) + f**3/3 + 2*f*f*size['h']   # as in `measure`
+    rows, out = [row(f"closed form of a layer, {size['n']} experts, {size['h']} wide", base['total'], 'a matrix product of as many FLOPs', work/top, 'FLOPs', ceiling=True, tokens=size['tokens'], flops=work)], []
+    for axis,name in dict(tokens='tokens', n='experts', h='width').items():
+        points = [(size[axis]*m//4, base if m==4 else seconds(**{axis: size[axis]*m//4})[1]) for m in ((2, 4, 8, 16, 32) if axis=='n' else (2, 4, 8, 16))]
+        out += [growth(f'closed form, {stage}', name, [(x, s[stage]) for x,s in points]) for stage in base]
+    return rows, out
 
 if __name__=='__main__':
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--size', choices=list(SIZES)); p.add_argument('--tokens', type=int); p.add_argument('--solver', choices=['direct','iterative','both'], default='direct')
     p.add_argument('--budget', type=float, help='GB that the solver may take'); p.add_argument('--out', type=Path)
-    a = p.parse_args()
-    dev = 'cuda' if torch.cuda.is_available() else 'cpu'
+    p.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--grow', action='store_true', help='time alone, at several sizes'); add_json(p)
+    a = p.parse_args(); dev = a.device
+    if a.grow: give(a, *grow(dev)); raise SystemExit
     name = a.size or ('v2_lite' if dev=='cuda' else 'small')
     size = SIZES[name] | (dict(tokens=a.tokens) if a.tokens else {})
     with torch.no_grad(): layer = Layer(**size, held=min(16384, size['tokens']//4), device=dev)

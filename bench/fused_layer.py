@@ -8,42 +8,25 @@ The stock block runs its experts with `grouped_mm`. All layers see the same toke
 The floor of a layer is the larger of two times: its FLOPs at the rate of a large matrix product, and its bytes (each weight that is used read once, inputs read, outputs written) at the rate of a
 device copy, both measured here. No launch, no gather and nothing between two products is in it. On a GPU every mode also runs once where any wait of the host raises.
 """
-import argparse, copy, sys, time
+import argparse, sys
 
 import torch
 from torch import nn
 from transformers import DeepseekV2Config
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
+from measure import add_json, ceilings, give, in_turns, row
 from moe_fuse.multiplex_lora import *
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--no-compile', action='store_true')
 p.add_argument('--tokens', type=int, nargs='+'); p.add_argument('--cores', type=int, default=8); p.add_argument('--rank', type=int, default=8)
-p.add_argument('--reps', type=int, help='timed rounds'); p.add_argument('--seed', type=int, default=0)
+p.add_argument('--reps', type=int, help='timed rounds'); p.add_argument('--seed', type=int, default=0); add_json(p)
 a = p.parse_args()
 gpu = a.device=='cuda'
 N, K, H, I = (64, 6, 2048, 1408) if gpu else (64, 6, 512, 352)
-dtype, reps, sync = (torch.bfloat16, a.reps or 50, torch.cuda.synchronize) if gpu else (torch.float32, a.reps or 15, lambda: None)
+dtype, reps, rows = (torch.bfloat16, a.reps or 50, []) if gpu else (torch.float32, a.reps or 15, [])
 torch.manual_seed(a.seed); torch.set_grad_enabled(False)
-
-def timed(fs, n): # {name: function} -> {name: median seconds}; one round runs each once
-    out = {k: [] for k in fs}
-    for f in fs.values():
-        for _ in range(3): f()
-    for _ in range(n):
-        for k,f in fs.items():
-            sync()
-            if gpu: start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2)); start.record(); f(); end.record(); sync(); out[k].append(start.elapsed_time(end)/1e3)
-            else: t = time.perf_counter(); f(); out[k].append(time.perf_counter()-t)
-    return {k: sorted(v)[n//2] for k,v in out.items()}
-
-def ceilings(): # (FLOP/s of a large product, bytes/s of a device copy)
-    m, big = (8192, 2**29) if gpu else (1024, 2**25)
-    x, y, u = torch.randn(m, m, device=a.device).to(dtype), torch.randn(m, m, device=a.device).to(dtype), torch.ones(big, device=a.device).to(dtype)
-    v = torch.empty_like(u)
-    t = timed({'matmul': lambda: x@y, 'copy': lambda: v.copy_(u)}, 20)
-    return 2*m**3/t['matmul'], 2*u.nbytes/t['copy']
 
 def stock(width, n_shared):
     c = DeepseekV2Config(n_routed_experts=N, num_experts_per_tok=K, hidden_size=H, moe_intermediate_size=width, n_shared_experts=n_shared, n_group=1, topk_group=1, topk_method='greedy', num_attention_heads=16)
@@ -86,12 +69,15 @@ def report(tokens, flops, bandwidth):
         f = torch.compile(l, fullgraph=True, dynamic=False); blocks[k+', compiled'] = lambda f=f: f(x[None])
         r = torch.compile(routed(l), fullgraph=True, dynamic=False); parts[k+', compiled'] = lambda r=r: r(x, w, ids)
     blocks['shared expert alone'] = lambda: moe.shared_experts(x)
-    t, b = timed(parts, reps), timed(blocks, reps)
+    t, b = (in_turns(f, reps, a.device, warm=3) for f in (parts, blocks))
     s = 'stock, grouped_mm'
     print(f'\n{tokens} tokens\n\n| layer | routed, ms | times stock | block, ms | times stock | GFLOP | MB | bound by | floor, ms | floor / routed |\n|---|--:|--:|--:|--:|--:|--:|---|--:|--:|')
     for k in parts:
         base, layer = s+(', compiled' if k.endswith('compiled') else ''), layers[k.removesuffix(', compiled')]
         fl, by = cost(layer, x); tf, tb = fl/flops, by/bandwidth
+        facts = dict(bound='FLOPs' if tf>tb else 'bytes', tokens=tokens, flops=fl, bytes=by)
+        rows.append(row(f'routed experts, {k}', t[k], 'the larger of FLOPs and bytes at their ceilings', max(tf, tb), ceiling=True, **facts))
+        if k!=base: rows.append(row(f'routed experts, {k}', t[k], f"transformers, grouped_mm{base.removeprefix(s)}", t[base], **facts))
         print(f'| {k} | {1e3*t[k]:.3f} | {t[base]/t[k]:.2f} | {1e3*b[k]:.3f} | {b[base]/b[k]:.2f} | {fl/1e9:.2f} | {by/1e6:.1f} | {"FLOPs" if tf>tb else "bytes"} | {1e3*max(tf, tb):.3f} | {max(tf, tb)/t[k]:.2f} |')
     print(f'\nshared expert alone {1e3*b["shared expert alone"]:.3f} ms; "times stock" of compiled rows is against the compiled stock block')
 
@@ -104,9 +90,10 @@ def check_sync(): # raises where the host waits
     finally: torch.cuda.set_sync_debug_mode('default')
     print(f'no host synchronisation in {", ".join(fused)}')
 
-flops, bandwidth = ceilings()
+flops, bandwidth = ceilings(a.device, dtype)
 print(f'{torch.cuda.get_device_name() if gpu else "CPU, %d threads" % torch.get_num_threads()}, torch {torch.__version__}, {str(dtype).removeprefix("torch.")}; {N} experts, {K} a token, {H} x {I}; medians of {reps}')
 print(f'ceilings: {flops/1e12:.3g} TFLOP/s in a matrix product, {bandwidth/1e9:.4g} GB/s in a copy')
 if gpu: check_sync()
 else: print('host synchronisation: not checked, there is no GPU')
 for n in a.tokens or ((4096, 1) if gpu else (512,)): report(n, flops, bandwidth)
+if a.json: give(a, rows)

@@ -10,11 +10,12 @@ import argparse, timeit
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config
 
+from measure import add_json, give, row
 from moe_fuse.deepseek_moe import experts_loop, from_transformers
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 for k,v in dict(d_model=512, d_expert=256, n_routed=64, top_k=6, tokens=2048, repeat=5).items(): p.add_argument(f'--{k}', type=int, default=v)
-p.add_argument('--device', default='cpu')
+p.add_argument('--device', default='cpu'); add_json(p)
 p.add_argument('--dtype', default='float32', choices=['float32', 'bfloat16'])
 p.add_argument('--step', action='store_true', help='forward and backward')
 a = p.parse_args()
@@ -54,3 +55,4 @@ print(f"{a.tokens} tokens, {a.n_routed} experts of {a.d_expert}, {a.top_k} a tok
 for k,t in times.items():
     off = ((outs[k]-outs['ours']).abs().max()/outs['ours'].abs().max()).item()
     print(f"{k:<26} {t*1e3:10.2f} ms {t/times['ours']:6.2f} x ours, largest difference {off:.1e}")
+if a.json: give(a, [row(f"layer of 10_deepseek_moe, {'forward and backward' if a.step else 'forward'}", times['ours'], k, t, 'FLOPs', tokens=a.tokens) for k,t in times.items() if k!='ours'])

@@ -69,7 +69,7 @@ def write_checkpoint(folder, size):
     for i,s in enumerate(shards): write_shard(folder/name(i), s, rng)
     for f in demo.iterdir():
         if f.name.startswith(('tokenizer', 'chat_template', 'generation_config')): shutil.copy(f, folder)
-    (folder/'model.safetensors.index.json').write_text(json.dumps(dict(weight_map={k:name(i) for i,s in enumerate(shards) for k in s})))
+    (folder/'model.safetensors.index.json').write_text(json.dumps(dict(metadata={}, weight_map={k:name(i) for i,s in enumerate(shards) for k in s})))
     (folder/'config.json').write_text(json.dumps(c))
 
 def layer_bytes(ck): # -> [bytes of each layer in float32]
@@ -107,13 +107,14 @@ def bench(folder, a):
     print('\n'.join(f'| {k:<31} | {v!s:>34} |' for k,v in [('', ''), *rows]).replace(f'|\n| {rows[0][0]}', f'|\n|{"-"*33}|{"-"*35}:|\n| {rows[0][0]}', 1))
     return peak<=limit
 
-p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-p.add_argument('folder', nargs='?', type=Path, help='where the checkpoint goes and stays; left out, a temporary folder')
-p.add_argument('--small', action='store_true', help='0.2 GB instead of 8.6'); p.add_argument('--keep', type=float, default=.25)
-p.add_argument('--tokens', type=int, default=4096, help='calibration tokens'); p.add_argument('--eval-tokens', type=int, default=2048, help='held-out tokens')
-a = p.parse_args()
+if __name__=='__main__':
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('folder', nargs='?', type=Path, help='where the checkpoint goes and stays; left out, a temporary folder')
+    p.add_argument('--small', action='store_true', help='0.2 GB instead of 8.6'); p.add_argument('--keep', type=float, default=.25)
+    p.add_argument('--tokens', type=int, default=4096, help='calibration tokens'); p.add_argument('--eval-tokens', type=int, default=2048, help='held-out tokens')
+    a = p.parse_args()
 
-if a.folder: ok = bench(a.folder, a)
-else:
-    with tempfile.TemporaryDirectory() as d: ok = bench(Path(d), a)
-sys.exit(not ok)
+    if a.folder: ok = bench(a.folder, a)
+    else:
+        with tempfile.TemporaryDirectory() as d: ok = bench(Path(d), a)
+    sys.exit(not ok)

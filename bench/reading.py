@@ -6,17 +6,19 @@ Unpacking moves the packed bytes in and the floats out; the ceiling is a copy on
 `awq.utils.packing_utils.dequantize_gemm` (AutoAWQ, if it is installed). Reading is timed from the page cache, against `safetensors.torch.load_file` of the same bytes.
 Every ratio is made of medians of alternating repeats in this one run.
 """
-import json, statistics, sys, tempfile, time, warnings
+import argparse, json, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from measure import add_json, give, row
 from moe_fuse.awq_loading import *
 from moe_fuse.headers import *
 
-cuda = torch.cuda.is_available()
-device = 'cuda' if cuda else 'cpu'
+p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter); add_json(p)
+p.add_argument('--device', choices=['cpu', 'cuda'], default='cuda' if torch.cuda.is_available() else 'cpu'); p.add_argument('--repeats', type=int, default=15)
+a = p.parse_args(); device, cuda, rows = a.device, a.device=='cuda', []
 
 def seconds(f, n=20):
     "Of one call; on a GPU between events, a hundred calls in a row, so that launches overlap as they do in use"
@@ -27,10 +29,10 @@ def seconds(f, n=20):
     b.record(); b.synchronize()
     return a.elapsed_time(b)/1e3/n
 
-def medians(*fs, repeats=15):
+def medians(*fs):
     "Median seconds of each, taken in turns after one warm-up"
     for f in fs: f(); f()
-    rows = [[seconds(f) for f in fs] for _ in range(repeats)]
+    rows = [[seconds(f) for f in fs] for _ in range(a.repeats)]
     return [statistics.median(r) for r in zip(*rows)]
 
 def autoawq():
@@ -48,6 +50,9 @@ def unpacking(o, i, dtype):
         fs = [lambda: f(*parts, dtype=dtype), lambda: dst.copy_(src)]
         if (peer := autoawq()) and not cuda and name.startswith('AWQ'): fs.append(lambda: peer(*parts, 4, i//len(parts[2])))
         t, copy, *rest = medians(*fs)
+        what = f'unpack {name}, [{o}, {i}] to {str(dtype)[6:]}'
+        rows.append(row(what, t, 'a copy of as many bytes', copy, 'bytes, and on a CPU the arithmetic of unpacking', ceiling=True, bytes=nbytes))
+        rows.extend(row(what, t, "AutoAWQ's dequantize_gemm", x, 'bytes, and on a CPU the arithmetic of unpacking', bytes=nbytes) for x in rest)
         print(f'  {name:<14} {t*1e6:10,.0f} us, {nbytes/t/1e9:8,.1f} GB/s, {copy/t:6.1%} of a copy of as many bytes' + (f', {rest[0]/t:.1f} times as fast as AutoAWQ' if rest else ''))
 
 def reading(n_layers=6):
@@ -65,10 +70,12 @@ def reading(n_layers=6):
             w = theirs()
             one = lambda e, k: w[f'model.layers.1.mlp.experts.{e}.{k}_proj.weight']
             return torch.stack([torch.cat([one(e, 'gate'), one(e, 'up')]) for e in range(32)]), torch.stack([one(e, 'down') for e in range(32)])
-        a, b, c = medians(ours, theirs, stacked)
-        print(f'\nreading {sum(v.nbytes for v in experts.values())/1e6:.0f} MB of experts, checked for NaN and stacked: {a*1e3:.1f} ms; {a/b:.2f} times load_file{"" if cuda else " (which only maps the file)"}, {a/c:.2f} times load_file and torch.stack')
+        x, b, c = medians(ours, theirs, stacked)
+        rows.append(row('read 32 experts from the page cache, stacked and checked', x, 'safetensors load_file and torch.stack', c, 'bytes', bytes=sum(v.nbytes for v in experts.values())))
+        print(f'\nreading {sum(v.nbytes for v in experts.values())/1e6:.0f} MB of experts, checked for NaN and stacked: {x*1e3:.1f} ms; {x/b:.2f} times load_file{"" if cuda else " (which only maps the file)"}, {x/c:.2f} times load_file and torch.stack')
 
 print(f'torch {torch.__version__}, Python {sys.version.split()[0]}')
 for o,i in ((2048, 7168), (7168, 18432)) if cuda else ((2816, 2048),):
     for dtype in (torch.bfloat16, torch.float32): unpacking(o, i, dtype)
 reading()
+if a.json: give(a, rows)
