@@ -46,7 +46,8 @@ def output_md(o, dest, stem, n, div, alt=''):
         b = ''.join(o.data[mime]).encode() if ext=='svg' else base64.b64decode(''.join(o.data[mime]))
         f.write_bytes(b)
         w = o.get('metadata', {}).get('image/png', {}).get('width')
-        size = w or (int.from_bytes(b[16:20], 'big') if ext=='png' else 0)    # wide ones scroll on a phone: shrunk to it they can't be read
+        # wide ones scroll on a phone: shrunk to it they can't be read
+        size = w or (int.from_bytes(b[16:20], 'big') if ext=='png' else float(re.search(rb'width="([\d.]+)pt', b)[1])*4/3)
         opts = [f'width={w}']*bool(w) + ['.wide']*(div and size>560)
         return f'![{alt}]({f.relative_to(dest).as_posix()})' + (f'{{{" ".join(opts)}}}' if opts else '')
     if 'text/markdown' in o.data:
