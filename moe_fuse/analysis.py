@@ -282,7 +282,7 @@ def verdict(
     width = [max(len(str(r[i])) for r in rows) for i in range(len(rows[0]))]
     line = lambda r: '| ' + ' | '.join(str(c).rjust(w) for c,w in zip(r, width)) + ' |'
     table = '\n'.join([line(rows[0]), '|' + '|'.join('-'*(w+1)+':' for w in width) + '|', *map(line, rows[1:])])
-    return table + '\n\n' + '\n'.join([*(f'keep {float(k):.4g}: predicted KL {v:.3f} nats a token' for k,v in report['kl'].items()), *(f'keep {float(k):.4g}: {why}' for k,why in report['impossible'].items())])
+    return table + '\n\n' + '\n'.join([*(f'- keep {float(k):.4g}: predicted KL {v:.3f} nats a token' for k,v in report['kl'].items()), *(f'- keep {float(k):.4g}: {why}' for k,why in report['impossible'].items())])
 
 # %% ../nbs/09_analysis.ipynb #4b614f29
 def split_text(

@@ -67,7 +67,7 @@ def expert_hidden(
     x:torch.Tensor,    # [T, H]
     p:Pairs,           # of the same T tokens
 ) -> torch.Tensor: # [P, I]
-    "The neurons' activations silu(Gx) * Ux of every routed pair."
+    "The neurons' activations of every routed pair, silu(Gx) times Ux."
     if hasattr(experts, 'gate_up_proj_bias'): raise ValueError(f'{type(experts).__name__} have biases, their neurons are not silu(Gx) * Ux')
     gate, up = grouped_linear(x[p.token], experts.gate_up_proj, p.counts).chunk(2, dim=-1)
     return experts.act_fn(gate) * up

@@ -543,19 +543,19 @@ def plot_report(
 ):
     "Two panels: held-out FVU layer by layer, and loss against size."
     from matplotlib.figure import Figure
-    fig = Figure(figsize=(10,3.6), layout='constrained'); left, right = fig.subplots(1, 2)
+    fig = Figure(figsize=(7,3.2), layout='constrained'); left, right = fig.subplots(1, 2)
     colors = dict(zip(BASELINES, ['#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#882255', '#117733', '#AA4499']*2)) | dict(teacher='black', slim='#0072B2', cores='#332288', reap='#D55E00', mean='#999999')
     for k,layers in report['fvu'].items():
         x, last = [int(i) for i in layers], [list(f.values())[-1] for f in layers.values()]
         left.plot(x, last, 'o-', color=colors[k], ms=4, label=KINDS[k])
         if k==report['kinds'][0] and 'fitted' in next(iter(layers.values())): left.plot(x, [f['built'] for f in layers.values()], 'o:', color=colors[k], ms=4, label=f'{KINDS[k]}, before the fit')
     left.axhline(1, color='0.8', lw=1, zorder=0)
-    left.set(xlabel='layer', ylabel='FVU of the routed output', xticks=x, ylim=(0,None), title='What each layer lost (1: no better than the mean)'); left.legend(frameon=False, fontsize=8)
+    left.set(xlabel='layer', ylabel='FVU of the routed output', xticks=x, ylim=(0,None), title='What each layer lost (1: the mean)'); left.legend(frameon=False, fontsize=8)
     best = report['evaluation'][report['kinds'][0]]['mean']
     for k,z in report['sizes'].items():
         loss = report['evaluation'][k]['mean']['loss_student'] if k!='teacher' else best['loss_teacher']
         right.plot(z['bytes']/1e6, loss, 'o', color=colors[k]); right.annotate(KINDS.get(k, k), (z['bytes']/1e6, loss), xytext=(6,4), textcoords='offset points', color=colors[k], fontsize=9)
-    right.margins(x=.25, y=.15)
+    right.margins(x=.4, y=.15)
     right.set(xlabel=f'size in {report["recipe"]["dtype"]}, MB', ylabel='held-out loss, nats a token', title='What the whole model lost')
     with open(path, 'wb') as f: fig.savefig(f, format='png', dpi=110)
 

@@ -611,7 +611,7 @@ def verdict(
 class Plan(dict):
     "What `plan` says; `stages`, `need`, `peaks`, `limits`, `seconds`, `fits`, `verdict`."
     def __repr__(self): return plan_table(self)
-    def _repr_markdown_(self): return plan_table(self)
+    def _repr_markdown_(self): return plan_table(self).replace('\n', '  \n')     # markdown ends a line at two spaces
 
 def plan(
     src,                                 # folder, config.json or its contents, hub id, or `demo`

@@ -104,7 +104,7 @@ class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split('.')[0] in DENIED: raise ModuleNotFoundError(f'no {name} here', name=name)
 sys.meta_path.insert(0, Refuse())
-DENIED = {'nbdev', 'execnb', 'ghapi', 'fastgit', 'ipykernel', 'nbclient', 'pytest'}
+DENIED = {'nbdev', 'execnb', 'ghapi', 'fastgit', 'ipykernel', 'jupyter_server', 'pytest'}
 import importlib, moe_fuse
 for m in (*moe_fuse._modules, 'cli'): importlib.import_module(f'moe_fuse.{m}')
 """

@@ -57,7 +57,7 @@ FAULTS = r'''() => {
   const text = [], walk = document.createTreeWalker(document.querySelector('main'), NodeFilter.SHOW_TEXT)
   while (walk.nextNode()) if (!walk.currentNode.parentElement.closest('code, pre, annotation, script, style, table.dataframe')) text.push(walk.currentNode.data)
   const prose = text.join(''), out = []
-  for (const i of document.images) { if (!i.complete || !i.naturalWidth) out.push(`broken image ${i.src}`); if (!i.alt.trim()) out.push(`image without alternative text ${i.src}`) }
+  for (const i of document.images) { if (!i.complete || !i.naturalWidth) out.push(`broken image ${i.src}`); if (!i.alt.trim()) out.push(`image without alternative text ${i.src}`); if (i.clientWidth < .5*(i.getAttribute('width') || i.naturalWidth)) out.push(`image shrunk to ${i.clientWidth} pixels ${i.src}`) }
   for (const m of prose.match(/\\(frac|sum|mathbf|top|le|cdot|text)\b.{0,20}|\$[^$\n]{1,60}\$|\]\([\w.#/-]+\)|^:::.*|`[^`\n]+`/gm) || []) out.push(`unrendered: ${m}`)
   if (document.querySelector('merror, .math:not(math)')) out.push(`maths not understood: ${document.querySelector('merror, .math:not(math)').textContent}`)
   if (!document.title || document.querySelectorAll('h1').length!=1) out.push('no title, or not one h1')

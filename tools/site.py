@@ -43,10 +43,13 @@ def output_md(o, dest, stem, n, div, alt=''):
         if mime not in o.data: continue
         f = dest/f'{stem}_files'/f'{n}.{ext}'
         f.parent.mkdir(exist_ok=True, parents=True)
-        b = ''.join(o.data[mime])
-        f.write_bytes(b.encode() if ext=='svg' else base64.b64decode(b))
+        b = ''.join(o.data[mime]).encode() if ext=='svg' else base64.b64decode(''.join(o.data[mime]))
+        f.write_bytes(b)
         w = o.get('metadata', {}).get('image/png', {}).get('width')
-        return f'![{alt}]({f.relative_to(dest).as_posix()})' + (f'{{width={w}}}' if w else '')
+        # wide ones scroll on a phone: shrunk to it they can't be read
+        size = w or (int.from_bytes(b[16:20], 'big') if ext=='png' else float(re.search(rb'width="([\d.]+)pt', b)[1])*4/3)
+        opts = [f'width={w}']*bool(w) + ['.wide']*(div and size>560)
+        return f'![{alt}]({f.relative_to(dest).as_posix()})' + (f'{{{" ".join(opts)}}}' if opts else '')
     if 'text/markdown' in o.data:
         md = unlink_code(''.join(o.data['text/markdown']))
         return re.sub(r'^(```.*?^```)|^#+ ([^\n]*)', lambda m: m[1] or f'**{m[2]}**', md, flags=re.M|re.S) if md.startswith('# ') or '\n# ' in md else md   # a document shown is not a section of this page
