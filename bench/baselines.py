@@ -29,6 +29,7 @@ for keep in () if a.table else map(float, a.keeps.split(',')):
         if done and not names: continue
         with tempfile.TemporaryDirectory() as d:
             r = compress(a.teacher, Path(d)/'out', baselines=names, eval_tokens=a.eval_tokens, quiet=True, **text, **key).report
+        for t in r['calibration'], r['held_out']: t['origins'] = [Path(o).name for o in t['origins']]   # results are published
         rows.append(dict(key=key, asked=names) | {k: r[k] for k in ('evaluation', 'sizes', 'fvu', 'seconds', 'calibration', 'held_out', 'device', 'versions', 'date')})
         a.out.parent.mkdir(exist_ok=True, parents=True); write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
         print(key, {k: round(v['mean']['kl'], 4) for k,v in r['evaluation'].items()}, flush=True)

@@ -127,6 +127,9 @@ def test_a_damaged_notebook_is_told(jupyter):
     (folder/'damaged.ipynb').write_text(json.dumps(nb), encoding='utf-8')
     assert 'source' in ask('contents/damaged.ipynb').get('message', '')
 
+def test_results_name_no_folder_of_a_machine():
+    assert [f'{f.name}: {m}' for f in sorted((root/'results').glob('*.json')) for m in re.findall(r'"(?:/|~|[A-Z]:)[\w.]*[/\\\\][^"]*"', f.read_text(encoding='utf-8'))]==[]
+
 def test_links_to_elsewhere():
     "Their form, for a test asks no other host; those into this repository lead to a file"
     found = [(p.name, u.rstrip('.,;')) for p in nbs for c in json.loads(p.read_text(encoding='utf-8'))['cells'] if c['cell_type']=='markdown'
