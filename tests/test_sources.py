@@ -43,7 +43,7 @@ def test_the_same_documents_from_every_kind_of_file(tmp_path):
 @pytest.mark.parametrize('name, content, say', [
     ('a.jsonl', b'{"text": "a"}\n{"text": 3}\n', 'line 2 has neither'), ('a.jsonl', b'{"messages": []}\n', 'line 1 has messages'), ('a.jsonl', b'\n \n', 'no documents'),
     ('a.jsonl', b'{"messages": [{"role": "user", "content": null}]}', 'line 1 has messages'), ('a.jsonl', b'['*100000, 'line 1 is not JSON'), ('a.txt', b'\xff\xfe', 'a.txt'),
-    ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n'*99)[:-20]+b'\0'*40, 'a.jsonl.gz'), ('a.txt.gz', b'\x1f\x8b\x08\0\0\0\0\0\0\xff'+b'\xff'*40, 'a.txt.gz'), ('a.parquet', b'PAR1 no more', 'a.parquet'),
+    ('a.jsonl.gz', gzip.compress(b'{"text": "a"}\n'*99, mtime=0)[:-20]+b'\0'*40, 'a.jsonl.gz'), ('a.txt.gz', b'\x1f\x8b\x08\0\0\0\0\0\0\xff'+b'\xff'*40, 'a.txt.gz'), ('a.parquet', b'PAR1 no more', 'a.parquet'),
     ('a.parquet', [dict(text='x'), dict(text=None)], 'row 1 has neither'), ('a.parquet', [dict(title='x')], 'row 0 has neither')])
 def test_what_is_wrong_with_a_file_is_said_in_one_line(name, content, say, tmp_path):
     if isinstance(content, bytes): (tmp_path/name).write_bytes(content)
