@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import torch
 
-from measure import add_json, give, growth, row
+from measure import add_json, ceilings, give, growth, row
 from moe_fuse.checkpoint import write_atomic
 from moe_fuse.expert_analysis import *
 from moe_fuse.fusion import *
@@ -58,13 +58,6 @@ class Layer:
 def now(device):
     if device=='cuda': torch.cuda.synchronize()
     return time.perf_counter()
-
-def ceiling(device): # FLOP/s of a float32 product, the best of five
-    m = 8192 if device=='cuda' else 1024
-    a, best = torch.randn(m, m, device=device), 9e9
-    for _ in range(5):
-        t = now(device); a@a; best = min(best, now(device)-t)
-    return 2*m**3/best
 
 def residual(layer, down, shared, ridge=1e-4, columns=64):
     "||A d - b|| / ||b|| in float64"
@@ -123,7 +116,7 @@ def grow(dev): # (the row of the middle size, growth along each axis)
         size = middle | change
         layer = Layer(**size, held=0, device=dev); fit_layer(layer)
         return size, min((fit_layer(layer)[3] for _ in range(3)), key=lambda s: s['total'])
-    size, base = seconds(); top, f = ceiling(dev), size['n']*size['r']+size['s']
+    size, base = seconds(); top, f = ceilings(dev)[0], size['n']*size['r']+size['s']
     work = size['tokens']*((size['k']*size['r']+size['s'])*size['h']*8 + size['k']*size['r']*f + size['s']**2*2) + f**3/3 + 2*f*f*size['h']   # as in `measure`
     rows, out = [row(f"closed form of a layer, {size['n']} experts, {size['h']} wide", base['total'], 'a matrix product of as many FLOPs', work/top, 'FLOPs', ceiling=True, tokens=size['tokens'], flops=work)], []
     for axis,name in dict(tokens='tokens', n='experts', h='width').items():
@@ -141,7 +134,7 @@ if __name__=='__main__':
     name = a.size or ('v2_lite' if dev=='cuda' else 'small')
     size = SIZES[name] | (dict(tokens=a.tokens) if a.tokens else {})
     with torch.no_grad(): layer = Layer(**size, held=min(16384, size['tokens']//4), device=dev)
-    top = ceiling(dev)
+    top = ceilings(dev)[0]
     for solver in ['direct','iterative'] if a.solver=='both' else [a.solver]:
         r = dict(size=name, **size) | measure(layer, size, solver, a.budget and int(a.budget*1e9), top) | dict(device=torch.cuda.get_device_name() if dev=='cuda' else 'cpu', torch=torch.__version__)
         print(json.dumps(r), flush=True)
