@@ -31,6 +31,14 @@ from moe_fuse.merging import *
 from moe_fuse.multiplex_lora import *
 from moe_fuse.sources import *
 
+def open_study(a): # `teacher`, `data`, `eval_tokens`, `device` -> (model in memory, held-out tokens, function of (tokens, seed) that samples calibration text)
+    ck = Checkpoint(resolve_source(a.teacher)); tok = load_tokenizer(ck.folder)
+    text = lambda split: 'demo' if a.data is None else ','.join(str(f) for f in sorted(a.data.glob(f'*.{split}.jsonl.gz')))
+    model = whole_model(ck, device=a.device); model.config._attn_implementation = 'padded_sdpa'
+    return model, sample_tokens(read_docs(text('valid'), 'valid'), tok, a.eval_tokens, 512), lambda tokens, seed: sample_tokens(read_docs(text('train'), seed=seed), tok, tokens, 512, seed)
+
+def made_on(device): return dict(device=torch.cuda.get_device_name() if device=='cuda' else 'CPU', torch=torch.__version__, date=time.strftime('%Y-%m-%d'))
+
 def states_of(model, tokens, blocks={}): # -> (last hidden states [T, H], {layer: inputs of its block}, {layer: outputs})
     "Run a model in memory over packed sequences, some of its blocks replaced."
     h, x, y = model.model.embed_tokens(tokens.ids.to(model.device)), {}, {}
@@ -69,10 +77,7 @@ def start(moe, stats, x, how, merge, keep, seed):
     return fuse_moe(moe, groups, stats.counts, s.rank, 'multiplex_mixture', stats.moment(0, shrink=1.).float(), cores=cores)
 
 def study(a, rows):
-    ck = Checkpoint(resolve_source(a.teacher)); tok = load_tokenizer(ck.folder)
-    text = {s: 'demo' if a.data is None else ','.join(str(f) for f in sorted(a.data.glob(f'*.{s}.jsonl.gz'))) for s in ('train', 'valid')}
-    model = whole_model(ck, device=a.device); model.config._attn_implementation = 'padded_sdpa'
-    held = sample_tokens(read_docs(text['valid'], 'valid'), tok, a.eval_tokens, 512)
+    model, held, calibration = open_study(a)
     last, xv, yv = states_of(model, held)
     logits = lambda h: (lambda s, e: model.lm_head(h[s:e]))
     todo = [(how, merge, preset, seed) for seed in map(int, a.seeds.split(',')) for how,merge in [(g, 'dominant' if g=='top_k' else 'multislerp') for g in a.groups.split(',')] + [('act_cl', m) for m in a.merges.split(',') if m]
@@ -84,7 +89,7 @@ def study(a, rows):
         if time.time()-a.start > a.minutes*60: print(f'{len(todo)-n} rows are left; repeat the command'); return
         how, merge, preset, seed = t
         if seed not in known:                                                  # its text, what enters and leaves each layer, and statistics
-            cal = sample_tokens(read_docs(text['train'], seed=seed), tok, a.tokens, 512, seed)
+            cal = calibration(a.tokens, seed)
             _, x, y = states_of(model, cal); known = {seed: (cal, x, y, {})}
         cal, x, y, stats = known[seed]
         blocks, layers, began = {}, {}, time.time()
@@ -100,7 +105,7 @@ def study(a, rows):
             layers[str(i)] = dict(fvu=fvu(yv[i]-shared, b(xv[i])-shared), epochs=[sum(losses[s:s+per])/per for s in range(0, len(losses), per)])
             blocks[i] = b
         e = compare(held, logits(last), logits(states_of(model, held, blocks)[0]))
-        rows.append(dict(key=key(t), layers=layers, evaluation=e, calibration=cal.sha256, held_out=held.sha256, seconds=round(time.time()-began, 1), device=torch.cuda.get_device_name() if a.device=='cuda' else 'CPU', torch=torch.__version__, date=time.strftime('%Y-%m-%d')))
+        rows.append(dict(key=key(t), layers=layers, evaluation=e, calibration=cal.sha256, held_out=held.sha256, seconds=round(time.time()-began, 1), **made_on(a.device)))
         write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
     print('nothing is left')
 

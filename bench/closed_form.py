@@ -92,19 +92,22 @@ def fit_layer(layer, solver='direct', budget=None): # -> (down, shared, the fit,
     down, shared = fit.solve(); end = now(dev)
     return down, shared, fit, seconds | dict(solve=end-t, total=end-start)
 
+def flops(size, iterations=None): # of each stage; `iterations` of conjugate gradients, None for the direct solve
+    (n, h, r, s, k, T), pairs = (size[x] for x in ('n','h','r','s','k','tokens')), size['tokens']*size['k']
+    f, rhs = n*r+s, (pairs*r+T*s)*h*4
+    if iterations is None: add, solve = pairs*r*f + T*s*s*2, f**3/3 + 2*f*f*h                             # the triangle: half of 2 F
+    else: add, solve = pairs*r*r*2 + T*s*s*2, (iterations+1)*rhs
+    return dict(features=pairs*r*h*4 + T*s*h*4, add=rhs+add, solve=solve)
+
 @torch.no_grad()
 def measure(layer, size, solver, budget, top):
-    (n, h, r, s, k, T), dev = (size[x] for x in ('n','h','r','s','k','tokens')), layer.device
-    f = n*r+s
+    dev = layer.device
     base = torch.cuda.memory_allocated() if dev=='cuda' else 0
     if dev=='cuda': torch.cuda.reset_peak_memory_stats()
     down, shared, fit, seconds = fit_layer(layer, solver, budget)
-    pairs = T*k
-    work = dict(features=pairs*r*h*4 + T*s*h*4, rhs=(pairs*r+T*s)*h*4)
-    work['add'] = work['rhs'] + (pairs*r*f + T*s*s*2 if solver=='direct' else pairs*r*r*2 + T*s*s*2)   # the triangle: half of 2 F
-    work['solve'] = f**3/3 + 2*f*f*h if solver=='direct' else (fit.iterations+1)*(pairs*r+T*s)*h*4
-    return dict(solver=solver, budget=budget, F=f, seconds={x: round(v, 2) for x,v in seconds.items()},
-                tflops={x: round(work[x]/seconds[x]/1e12, 2) for x in ('features','add','solve')}, matmul_tflops=round(top/1e12, 2),
+    work = flops(size, None if solver=='direct' else fit.iterations)
+    return dict(solver=solver, budget=budget, F=size['n']*size['r']+size['s'], seconds={x: round(v, 2) for x,v in seconds.items()},
+                tflops={x: round(v/seconds[x]/1e12, 2) for x,v in work.items()}, matmul_tflops=round(top/1e12, 2),
                 peak_gb=round((torch.cuda.max_memory_allocated()-base)/1e9, 2) if dev=='cuda' else None, residual=residual(layer, down, shared),
                 iterations=getattr(fit, 'iterations', None), fvu_before=held_out(layer, layer.down, layer.shared_down), fvu=held_out(layer, down, shared))
 
@@ -116,8 +119,7 @@ def grow(dev): # (the row of the middle size, growth along each axis)
         size = middle | change
         layer = Layer(**size, held=0, device=dev); fit_layer(layer)
         return size, min((fit_layer(layer)[3] for _ in range(3)), key=lambda s: s['total'])
-    size, base = seconds(); top, f = ceilings(dev)[0], size['n']*size['r']+size['s']
-    work = size['tokens']*((size['k']*size['r']+size['s'])*size['h']*8 + size['k']*size['r']*f + size['s']**2*2) + f**3/3 + 2*f*f*size['h']   # as in `measure`
+    size, base = seconds(); top, work = ceilings(dev)[0], sum(flops(size).values())
     rows, out = [row(f"closed form of a layer, {size['n']} experts, {size['h']} wide", base['total'], 'a matrix product of as many FLOPs', work/top, 'FLOPs', ceiling=True, tokens=size['tokens'], flops=work)], []
     for axis,name in dict(tokens='tokens', n='experts', h='width').items():
         points = [(size[axis]*m//4, base if m==4 else seconds(**{axis: size[axis]*m//4})[1]) for m in ((2, 4, 8, 16, 32) if axis=='n' else (2, 4, 8, 16))]

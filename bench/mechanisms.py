@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pandas as pd, torch
 
-from ablation import gather, states_of
+from ablation import gather, made_on, open_study, states_of
 from moe_fuse.analysis import describe_layer, effective_rank, energy_at, fire_together
-from moe_fuse.awq_loading import *
 from moe_fuse.budgets import cut_block
 from moe_fuse.calibration import *
 from moe_fuse.checkpoint import write_atomic
@@ -27,10 +26,8 @@ from moe_fuse.fused_student import *
 from moe_fuse.fusion import *
 from moe_fuse.grouping import *
 from moe_fuse.headers import *
-from moe_fuse.heal import whole_model
 from moe_fuse.multiplex_lora import *
 from moe_fuse.neuron_choice import *
-from moe_fuse.sources import *
 
 def gate_shares(moe, x, groups): # -> (variance of p_i over the tokens where its core fires [N], how many those are [N])
     p, n = route(moe, x), len(groups)
@@ -62,15 +59,12 @@ def of_experts(moe, stats, r, rv, width): # Gram matrices of calibration and hel
     return out | dict(neurons=(u.topk(width, 1).values.sum(1)/u.sum(1).clamp(min=1e-30)).tolist(), energy=u.sum(1).tolist(), weight=(stats.mass/stats.n).tolist())
 
 def study(a, rows):
-    ck = Checkpoint(resolve_source(a.teacher)); tok = load_tokenizer(ck.folder)
-    text = {s: 'demo' if a.data is None else ','.join(str(f) for f in sorted(a.data.glob(f'*.{s}.jsonl.gz'))) for s in ('train', 'valid')}
-    model = whole_model(ck, device=a.device); model.config._attn_implementation = 'padded_sdpa'
-    held = sample_tokens(read_docs(text['valid'], 'valid'), tok, a.eval_tokens, 512)
+    model, held, calibration = open_study(a)
     _, xv, yv = states_of(model, held)
     for seed in map(int, a.seeds.split(',')):
         key = dict(seed=seed, keep=a.keep, tokens=a.tokens, eval_tokens=a.eval_tokens)
         if any(r['key']==key for r in rows): continue
-        began, cal = time.time(), sample_tokens(read_docs(text['train'], seed=seed), tok, a.tokens, 512, seed)
+        began, cal = time.time(), calibration(a.tokens, seed)
         _, x, y = states_of(model, cal)
         layers, blocks = {}, {}
         for i,layer in enumerate(model.model.layers):
@@ -97,7 +91,7 @@ def study(a, rows):
             moe = model.model.layers[i].mlp; target = yv[i]-shared_output(moe, xv[i]); off = lambda out: fvu(target, out-shared_output(moe, xs[i]))
             chosen = [torch.zeros(len(held), len(moe.gate.weight), device=a.device).scatter_(1, moe.gate(v)[2], 1) for v in (xv[i], xs[i])]
             layers[str(i)] |= dict(both=off(ys[i]), inherited=off(block_forward(moe, xs[i])), same_experts=((chosen[0]*chosen[1]).sum()/chosen[0].sum()).item())
-        rows.append(dict(key=key, layers=layers, calibration=cal.sha256, held_out=held.sha256, seconds=round(time.time()-began, 1), device=torch.cuda.get_device_name() if a.device=='cuda' else 'CPU', torch=torch.__version__, date=time.strftime('%Y-%m-%d')))
+        rows.append(dict(key=key, layers=layers, calibration=cal.sha256, held_out=held.sha256, seconds=round(time.time()-began, 1), **made_on(a.device)))
         write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
 
 def table(rows):

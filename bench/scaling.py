@@ -23,8 +23,7 @@ from pathlib import Path
 import pandas as pd, torch
 from tqdm import tqdm
 
-from ablation import gather, states_of
-from moe_fuse.awq_loading import *
+from ablation import gather, made_on, open_study, states_of
 from moe_fuse.budgets import cut_block
 from moe_fuse.calibration import *
 from moe_fuse.checkpoint import write_atomic
@@ -33,11 +32,9 @@ from moe_fuse.expert_analysis import *
 from moe_fuse.fused_student import *
 from moe_fuse.fusion import *
 from moe_fuse.headers import *
-from moe_fuse.heal import whole_model
 from moe_fuse.healing import *
 from moe_fuse.multiplex_lora import *
 from moe_fuse.neuron_choice import *
-from moe_fuse.sources import *
 
 MODE = dict(mean='cores', chosen='cores', mixture='mixture', recipe='multiplex_mixture', exact='exact')
 
@@ -67,10 +64,7 @@ def block_of(key, moe, stats, x, y, groups): # -> a block, built and fitted
     return (b if m in ('mixture', 'recipe') else fit_outputs(b, [(x, y)])).requires_grad_(False)
 
 def study(a, rows):
-    ck = Checkpoint(resolve_source(a.teacher)); tok = load_tokenizer(ck.folder)
-    text = {s: 'demo' if a.data is None else ','.join(str(f) for f in sorted(a.data.glob(f'*.{s}.jsonl.gz'))) for s in ('train', 'valid')}
-    model = whole_model(ck, device=a.device); model.config._attn_implementation = 'padded_sdpa'
-    held = sample_tokens(read_docs(text['valid'], 'valid'), tok, a.eval_tokens, 512)
+    model, held, calibration = open_study(a)
     last, xv, yv = states_of(model, held)
     logits = lambda h: (lambda s, e: model.lm_head(h[s:e]))
     moes = {i: l.mlp for i,l in enumerate(model.model.layers) if hasattr(l.mlp, 'experts')}
@@ -81,7 +75,7 @@ def study(a, rows):
         if time.time()-a.start > a.minutes*60: print(f'{len(todo)-done} rows are left; repeat the command'); return
         t = key['tokens'], key['seed']
         if t!=known[0]:
-            cal = sample_tokens(read_docs(text['train'], seed=key['seed']), tok, key['tokens'], 512, key['seed'])
+            cal = calibration(key['tokens'], key['seed'])
             _, x, y = states_of(model, cal)
             known = t, {i: gather(m, x[i]) for i,m in moes.items()}, {i: {} for i in moes}
             some = torch.linspace(0, len(cal)-1, min(2048, len(cal)), device=a.device).long()
@@ -93,7 +87,7 @@ def study(a, rows):
         e = compare(held, logits(last), logits(states_of(model, held, blocks)[0]))['mean']
         size = n*3*h*key['width'] if key['method']=='slim' else fused_parameters(n, h, width, key['cores'], key.get('rank', 0), MODE[key['method']])
         rows.append(dict(key=key, layers=layers, kl=e['kl'], loss=e['loss_student'], loss_teacher=e['loss_teacher'], keep=size/(n*3*h*width), experts=n, width=width, calibration=cal.sha256, held_out=held.sha256,
-                         seconds=round(built-began, 2), device=torch.cuda.get_device_name() if a.device=='cuda' else 'CPU', torch=torch.__version__, date=time.strftime('%Y-%m-%d')))
+                         seconds=round(built-began, 2), **made_on(a.device)))
         write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
     print('nothing is left')
 
