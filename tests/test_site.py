@@ -138,6 +138,7 @@ def test_search(docs, site, browser):
     assert page.url!=(docs/'index.html').as_uri()
     page.locator('#search').fill('zzyzx')
     page.locator('#found .none', has_text='Nothing found.').wait_for()         # the index may still be on its way
+    assert page.locator('#found').inner_text()=='Nothing found.'
     assert wrong==[]
 
 def test_light_and_dark(site, browser):
