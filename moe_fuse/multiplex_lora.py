@@ -17,6 +17,7 @@ from torch import nn
 
 from .expert_analysis import *
 from .fusion import *
+from .gathered import *
 from .grouped import *
 from .headers import *
 from .neuron_choice import *
@@ -263,6 +264,18 @@ def exact(self:FusedMoE, x, d): # [T, H] -> [T, H]
     y = to_tokens(y, d.inv[d.expert.row].view_as(d.ids), d.leads)
     return y + self.exact_low(h, d) if self.rank else y
 
+# %% ../nbs/04_multiplex_lora.ipynb #k0000002
+@patch
+def in_kernels(self:FusedMoE, x, weights, indices): # [T, H], [T, k], [T, k] -> [T, H]
+    "Cores or the exact mixture on a GPU, without a gradient."
+    if self.mode=='exact': return gathered_experts(x, self.gate_up_proj, self.down_proj, indices, weights, self.groups, bias=self.bias,
+                                                   **{k: getattr(self, k) for k in ('a_gate_up', 'b_gate', 'b_up', 'a_down', 'b_down') if self.rank})
+    core = self.groups[indices]
+    same = core[:,:,None]==core[:,None,:]                                      # the first slot of a core has its weight, the others are nobody's
+    leads = same.int().argmax(2)==torch.arange(core.shape[1], device=core.device)
+    s = torch.where(same, weights[:,None,:], 0).sum(2)
+    return gathered_experts(x, self.gate_up_proj, self.down_proj, core.where(leads, len(self.down_proj)), s, partial=True)
+
 # %% ../nbs/04_multiplex_lora.ipynb #faf1924e
 @patch
 def routed(self:FusedMoE,
@@ -271,6 +284,7 @@ def routed(self:FusedMoE,
     indices:torch.Tensor, # [T, k] expert ids
 ) -> torch.Tensor: # [T, H]
     "The routed output."
+    if self.mode in ('cores', 'exact') and gathers(x, self.gate_up_proj, self.act_fn): return self.in_kernels(x, weights, indices)
     d = dispatch(indices, weights, self.groups, len(self.down_proj))
     return self.exact(x, d) if self.mode=='exact' else self.mixed(x, d)
 

@@ -1,0 +1,46 @@
+"The kernels of 04_gathered in Triton's interpreter: correct without a GPU."
+import os, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+TRITON = Path(os.environ.get('TRITON_PATH', Path(sys.prefix)/'triton'))
+SCRIPT = '''
+import itertools, torch
+from moe_fuse.gathered import *
+def formula(x, gate_up, down, ids, w, core=None, a_gate_up=None, b_gate=None, b_up=None, a_down=None, b_down=None, bias=None):
+    out = torch.zeros_like(x)
+    for t,(experts,shares) in enumerate(zip(ids.tolist(), w)):
+        for e,p in zip(experts, shares):
+            c = e if core is None else int(core[e])
+            if c>=len(down): continue
+            g, u = (gate_up[c]@x[t]).chunk(2)
+            if a_gate_up is not None:
+                zg, zu = (a_gate_up[e]@x[t]).chunk(2)
+                g, u = g+b_gate[e]@zg, u+b_up[e]@zu
+            if bias is not None: g, u = g+bias[e].chunk(2)[0], u+bias[e].chunk(2)[1]
+            h = torch.nn.functional.silu(g)*u
+            out[t] += p*(down[c]@h + (b_down[e]@(a_down[e]@h) if a_down is not None else 0))
+    return out
+torch.manual_seed(0)
+r = torch.randn
+for (t,n,k,h,i),(e,rank,bias),bm in itertools.product([(40,5,2,64,24), (1,7,3,96,48), (70,64,6,128,40), (3,1,1,64,16)], [(None,0,False), (1,0,True), (3,4,True), (2,8,False), (2,20,True)], (16, 32)):
+    w = r(e or n, 2*i, h)/h**.5, r(e or n, h, i)/i**.5
+    more = dict(core=torch.randint(e, (n,))) if e else {}
+    if rank: more |= dict(a_gate_up=r(n, 2*rank, h)/h**.5, b_gate=r(n, i, rank), b_up=r(n, i, rank), a_down=r(n, rank, i)/i**.5, b_down=r(n, h, rank))
+    if bias: more['bias'] = r(n, 2*i)
+    x, ids, shares = r(t, h), torch.rand(t, n).topk(k).indices, torch.rand(t, k)
+    partial = e is None and k>1
+    if partial: ids[::2,1] = n                                                  # nobody's
+    got, want = gathered_experts(x, *w, ids, shares, partial=partial, tiles=2*(dict(bm=bm, bn=16, bk=64),), **more), formula(x, *w, ids, shares, **more)
+    far = ((got-want).norm()/want.norm()).item()
+    assert far<1e-6, (t, n, k, h, i, e, rank, bias, bm, far)
+'''
+
+def test_kernels_are_the_formula():
+    if not TRITON.exists():
+        assert not os.environ.get('CI'), f'no Triton in {TRITON}'
+        pytest.skip('Triton is not installed: make test does that')
+    env = os.environ | dict(TRITON_INTERPRET='1', PYTHONPATH=os.pathsep.join([str(TRITON), str(Path(__file__).parents[1])]))
+    r = subprocess.run([sys.executable, '-c', SCRIPT], env=env, capture_output=True, text=True)
+    assert r.returncode==0, r.stderr[-2000:]
