@@ -74,8 +74,8 @@ class JointRidge:
         self.direct = need<=self.budget if direct is None else direct
         if self.direct and need>self.budget: raise BadInput(f'a budget of {budget:,} bytes is too small: the direct solve takes {need:,}')
         if not self.direct and self.used>self.budget: raise BadInput(f'a budget of {budget:,} bytes is too small: one block an expert and the right-hand side take {self.used:,}')
-        self.rhs, self.gram = zeros(f, h), zeros(f, f) if self.direct else None
-        if not self.direct: self.blocks, self.last, self.rows, self.shared, self.tokens = zeros(n, r, r), zeros(s, s), [[] for _ in range(n)], [], 0
+        self.rhs, self.gram, self.tokens = zeros(f, h), zeros(f, f) if self.direct else None, 0
+        if not self.direct: self.blocks, self.last, self.rows, self.shared = zeros(n, r, r), zeros(s, s), [[] for _ in range(n)], []
     @property
     def step(self): return max(256, 2**(28 if self.rhs.is_cuda else 25)//len(self.d0)) if self.direct else 2**16   # tokens of a batch; the direct solve holds them dense
 
@@ -100,19 +100,21 @@ def add(self:JointRidge,
     phi[:,m:] = shared
     for b,tok,hi in parts: self.gram[b,b.start:] += hi.T @ phi[tok,b.start:]           # the upper triangle, and that is all Cholesky reads
     self.gram[m:,m:] += shared.T @ shared
+    self.tokens += len(y)
 
-def _typical(diagonal): # mean over the neurons that ever fired: zero padding doesn't make it smaller
-    return (diagonal.sum()/(diagonal>0).sum().clamp(min=1)).clamp(min=1e-12)
+def _penalty(diagonal, ridge, tokens): # lambda; the mean is over neurons that ever fired: zero padding doesn't make it smaller
+    fired = (diagonal>0).sum().clamp(min=1)
+    return (2*fired/max(tokens, 1) if ridge is None else ridge)*(diagonal.sum()/fired).clamp(min=1e-12)
 
 @patch
 def solve(self:JointRidge,
-    ridge=1e-4, # lambda, relative to the mean of the normal matrix's diagonal over neurons that ever fired
+    ridge=None, # lambda, relative to the mean of the normal matrix's diagonal over neurons that ever fired; None: 2F/T, F such neurons and T tokens
 ): # (down [N, H, r], shared [H, S]), float32
     "The fitted down projections; consumes the sums."
     if not self.rhs.isfinite().all(): raise BadInput(f'calibration states: {int((~self.rhs.isfinite()).sum()):,} of {self.rhs.numel():,} sums over them are NaN or infinite')
     if self.direct:
         g = self.gram; self.gram = None
-        g.diagonal().add_(ridge*_typical(g.diagonal()))
+        g.diagonal().add_(_penalty(g.diagonal(), ridge, self.tokens))
         l, d = torch.linalg.cholesky(g.mT, out=g.mT), self.rhs                         # transposed it lies as LAPACK wants it: nothing is copied
         for t,upper in ((l, False), (l.mT, True)): torch.linalg.solve_triangular(t, d, upper=upper, out=d)
     else: d = self.iterate(ridge)
@@ -155,7 +157,7 @@ def iterate(self:JointRidge,
     empty = (torch.zeros(0, dtype=torch.long, device=dev), self.d0.new_zeros(0, r))
     for e,rows in enumerate(self.rows): self.rows[e] = tuple(torch.cat(t) for t in zip(*rows)) if rows else empty
     self.shared = torch.cat(self.shared)
-    lam = ridge*_typical(torch.cat([self.blocks.diagonal(dim1=1, dim2=2).flatten(), self.last.diagonal()]))
+    lam = _penalty(torch.cat([self.blocks.diagonal(dim1=1, dim2=2).flatten(), self.last.diagonal()]), ridge, self.tokens)
     inverse = []
     for b in (self.blocks, self.last[None]):
         b.diagonal(dim1=1, dim2=2).add_(lam); inverse.append(torch.cholesky_inverse(torch.linalg.cholesky(b)).float())
