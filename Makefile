@@ -21,6 +21,9 @@ LLAMA    := llama-cpp-python==0.3.36
 export LLAMA_CPP ?= $(abspath $(VENV))/llama.cpp
 export CMAKE_ARGS ?= -DLLAVA_BUILD=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
 LLAMA_OK := $(VENV)/.$(subst ==,-,$(LLAMA))
+# Triton runs the GPU's kernels in its interpreter there; beside the environment, so that nothing else sees it
+TRITON    := triton==3.9.0
+TRITON_OK := $(VENV)/.$(subst ==,-,$(TRITON))
 RUN_OK   := $(VENV)/.run-$(KEY)
 DEV_OK   := $(VENV)/.dev-$(KEY)
 
@@ -32,7 +35,7 @@ demo: $(RUN_OK)
 
 # a process for each notebook: none sees what another patched
 test: export OMP_NUM_THREADS = 1
-test: $(DEV_OK) $(LLAMA_OK)
+test: $(DEV_OK) $(LLAMA_OK) $(TRITON_OK)
 	@fail=0; printf '%s\n' nbs/*.ipynb | xargs -P $(JOBS) -I{} sh -c 'out=$$($(BIN)/python -m pytest -q -ra {} 2>&1); rc=$$?; echo "{}: $$out"; exit $$rc' || fail=1; \
 	$(BIN)/python -m pytest -q -ra -n $(JOBS) --dist loadfile tests || fail=1; exit $$fail
 
@@ -71,6 +74,10 @@ $(DEV_OK): $(RUN_OK)
 	$(PIP) install -q -c constraints.txt -e ".[dev]"
 	$(PIP) install -q -c constraints.txt --no-deps $(ORACLES)
 	@rm -f $(VENV)/.dev-*; touch $@
+
+$(TRITON_OK): | $(DEV_OK)
+	rm -rf $(VENV)/triton && $(PIP) install -q --no-deps --target $(VENV)/triton $(TRITON)
+	@rm -f $(VENV)/.triton-*; touch $@
 
 # a compiler may be missing: then the tests that need llama.cpp are skipped, except where CI is set
 $(LLAMA_OK): | $(DEV_OK)

@@ -59,8 +59,8 @@ def now(device):
     if device=='cuda': torch.cuda.synchronize()
     return time.perf_counter()
 
-def residual(layer, down, shared, ridge=1e-4, columns=64):
-    "||A d - b|| / ||b|| in float64"
+def residual(layer, down, shared, columns=64):
+    "||A d - b|| / ||b|| in float64; the penalty is that of `solve`"
     n, h, r = down.shape; m, cols = n*r, torch.arange(0, h, max(1, h//columns), device=down.device)[:columns]
     flat = lambda d,s: torch.cat([d.transpose(1,2).reshape(m, h), s.T])[:,cols].double()
     d0 = flat(layer.down, layer.shared_down); d = flat(down, shared)-d0
@@ -72,7 +72,7 @@ def residual(layer, down, shared, ridge=1e-4, columns=64):
         for q,t,v in rows: u[t] += v@d[q]; left[t] -= v@d0[q]
         for q,t,v in rows: Ad[q] += v.T@u[t]; b[q] += v.T@left[t]
         Ad[m:] += sh.T@u; b[m:] += sh.T@left; diagonal = diagonal + hw.square().sum() + sh.square().sum()
-    return ((Ad + ridge*diagonal/len(d0)*d - b).norm()/b.norm()).item()
+    return ((Ad + 2*diagonal/(len(layer.x)-layer.held)*d - b).norm()/b.norm()).item()
 
 def held_out(layer, down, shared):
     n, ys, hats = len(layer.x), [], []
