@@ -11,8 +11,6 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.integrations.moe import ExpertsInterface, _default_apply_gate, grouped_mm_experts_forward
 
-from .grouped import *
-
 try: import triton, triton.language as tl                                      # comes with torch's CUDA builds
 except ImportError: triton = None
 
@@ -128,13 +126,15 @@ def gathered_experts(
     (e, H, I), (t, k) = down.shape, ids.shape
     n, r, key, order = e if core is None else len(core), 0 if a_down is None else a_down.shape[1], ids, None
     if core is not None: order, place = member_order(core); key = place[ids]
-    s, n2, pad = sort_slots(key, n), triton.next_power_of_2(n), lambda v: max(16, triton.next_power_of_2(v))
+    key, slot = key.flatten().sort(stable=True)
+    ends = torch.searchsorted(key, torch.arange(n, dtype=key.dtype, device=key.device), right=True, out_int32=True)
+    n2, pad = triton.next_power_of_2(n), lambda v: max(16, triton.next_power_of_2(v))
     a, b = tiles or TILES[next(m for m in (128, 64, 16) if t*k>=m*n//4 or m==16)]
     h, f = x.new_empty(t*k, I), (x.new_zeros if partial else x.new_empty)(t*k, H)
     grid = lambda cut, cols: ((triton.cdiv(t*k, cut['bm']) + min(n, t*k))*triton.cdiv(cols, cut['bn']),)
     x, weights = x.contiguous(), weights.contiguous()
-    _gate_up[grid(a, I)](x, gate_up, s.slot, s.ends, h, order, core, a_gate_up, b_gate, b_up, bias, k, n, n2, H, I, r, pad(2*r), core is not None, bias is not None, **a)
-    _down[grid(b, H)](h, down, s.slot, s.ends, weights, f, order, core, a_down, b_down, n, n2, H, I, r, pad(r), core is not None, **b)
+    _gate_up[grid(a, I)](x, gate_up, slot, ends, h, order, core, a_gate_up, b_gate, b_up, bias, k, n, n2, H, I, r, pad(2*r), core is not None, bias is not None, **a)
+    _down[grid(b, H)](h, down, slot, ends, weights, f, order, core, a_down, b_down, n, n2, H, I, r, pad(r), core is not None, **b)
     return f.view(t, k, H).sum(1)
 
 # %% ../nbs/04_gathered.ipynb #g0000019

@@ -41,9 +41,26 @@ for t, n, k, h, i, e, rank, bias, bm in [(40,5,2,64,24,None,0,False,16), (1,7,3,
     got, want = gathered_experts(x, *w, ids, shares, partial=partial, tiles=2*(dict(bm=bm, bn=16, bk=64),), **more), formula(x, *w, ids, shares, **more)
     far = ((got-want).norm()/want.norm()).item()
     assert far<1e-6, (t, n, k, h, i, e, rank, bias, bm, far)
+
+# fused blocks: their kernels against their own plain forward pass
+from transformers import DeepseekV2Config
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
+from moe_fuse.multiplex_lora import *
+torch.set_grad_enabled(False)
+c = DeepseekV2Config(n_routed_experts=12, num_experts_per_tok=4, hidden_size=64, moe_intermediate_size=24, n_shared_experts=1, n_group=1, topk_group=1, topk_method='greedy', num_attention_heads=4)
+c._experts_implementation = 'grouped_mm'
+moe, x = DeepseekV2Moe(c).eval(), r(40, 64)
+for p in moe.parameters(): p.normal_(std=p.shape[-1]**-.5)
+_, w, ids = moe.gate(x)
+for mode,rank,groups in ('cores', 0, torch.arange(12)%3), ('exact', 4, torch.arange(12)%3), ('exact', 0, torch.zeros(12, dtype=torch.long)), ('cores', 0, torch.zeros(12, dtype=torch.long)):
+    f = FusedMoE(moe, groups, moe.experts.gate_up_proj[:3].clone(), moe.experts.down_proj[:3].clone(), rank, mode)
+    for k,v in f.named_parameters(recurse=False):
+        if k[0] in 'b': v.normal_(std=.2)                                       # as if trained
+    far = ((f.in_kernels(x, w, ids)-f.routed(x, w, ids)).norm()/f.routed(x, w, ids).norm()).item()
+    assert far<1e-6, (mode, rank, far)
 '''
 
-def test_kernels_are_the_formula():
+def test_kernels_are_the_formula_and_the_fused_blocks():
     if not TRITON.exists():
         assert not os.environ.get('CI'), f'no Triton in {TRITON}'
         pytest.skip('Triton is not installed: make test does that')

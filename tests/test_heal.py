@@ -149,14 +149,31 @@ def test_the_teacher_can_be_asked_instead_of_a_cache(run, healed, tmp_path):
     assert h.report['log'][0]['kl']==pytest.approx(healed[0].report['log'][0]['kl'], abs=2e-3)
     assert worst(tmp_path/'o', healed[1])<=2**-6
 
-def test_two_processes_are_one(pair, texts, cache, healed, tmp_path):
-    "gloo on the CPU, the same batch cut in two"
-    r = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29617', '-m', 'moe_fuse', *command(pair, texts, tmp_path/'o', '--cache', str(cache), '--json')],
-                       capture_output=True, text=True, cwd=root, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+TWO = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=29617']
+QUIET = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+@pytest.mark.parametrize('launch', [['-m', 'moe_fuse'], ['tests/sharded_cpu.py']], ids=['DDP', 'FSDP'])
+def test_two_processes_are_one(pair, texts, cache, healed, tmp_path, launch):
+    "gloo on the CPU, the same batch cut in two, and with FSDP the weights too"
+    r = subprocess.run([*TWO, *launch, *command(pair, texts, tmp_path/'o', '--cache', str(cache), '--json')], capture_output=True, text=True, cwd=root, env=QUIET)
     assert r.returncode==0, r.stderr[-3000:]
     report = json.loads(r.stdout)
     assert report['processes']==2 and report['log'][0]['ce']==pytest.approx(healed[0].report['log'][0]['ce'], rel=1e-5)
     assert report['after']['mean']['kl']==pytest.approx(healed[0].report['after']['mean']['kl'], rel=1e-3)
+    assert worst(tmp_path/'o', healed[1])<=2**-7
+
+def test_sharded_and_killed_it_goes_on(pair, texts, cache, healed, tmp_path):
+    "FSDP: SIGKILL once there is a checkpoint; --resume ends where one process does that was left alone"
+    words = [*TWO, 'tests/sharded_cpu.py', *command(pair, texts, tmp_path/'o', '--cache', str(cache), '--json', save_every=2)]
+    p = subprocess.Popen(words, cwd=root, env=QUIET, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while last_checkpoint(tmp_path/'o.partial'/'states') is None and p.poll() is None: time.sleep(.005)
+    assert p.poll() is None, 'it ended before it could be killed'
+    for pid in [p.pid, *map(int, Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split())]: os.kill(pid, signal.SIGKILL)
+    p.wait()
+    r = subprocess.run([*words, '--resume'], capture_output=True, text=True, cwd=root, env=QUIET)
+    assert r.returncode==0, r.stderr[-3000:]
+    log = [l for l in json.loads(r.stdout)['log'] if 'ce' in l]
+    assert len(log)==8 and log[-1]['ce']==pytest.approx([l for l in healed[0].report['log'] if 'ce' in l][-1]['ce'], rel=1e-3)
     assert worst(tmp_path/'o', healed[1])<=2**-7
 
 def test_killed_in_mid_step_it_goes_on(pair, texts, cache, run, tmp_path):
