@@ -3,6 +3,8 @@
     python bench/baselines.py TEACHER results/baselines-v3-20m.json --data DATA
     python bench/baselines.py demo results/baselines-demo.json --tokens 16384 --eval-tokens 16384 --keeps 0.25 --seeds 0
 
+    python bench/baselines.py TEACHER results/baselines-v3-20m.json --data DATA --keeps 0.0625 --method cores     # where slim would have too few neurons
+
 TEACHER is a checkpoint or `demo`, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.valid.jsonl.gz; without it the text is the demo's. Rows that are in the
 results already are not made again, so the command can be stopped and repeated, or run for one seed at a time. The table is printed at the end, and alone with --table.
 """
@@ -16,14 +18,15 @@ p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDes
 p.add_argument('teacher'); p.add_argument('out', type=Path); p.add_argument('--data', type=Path)
 p.add_argument('--keeps', default='0.5,0.25'); p.add_argument('--seeds', default='0,1,2'); p.add_argument('--distill-steps', type=int, default=0); p.add_argument('--lr', type=float, default=2e-3)
 p.add_argument('--tokens', type=int, default=262144); p.add_argument('--eval-tokens', type=int, default=None, help='all of the validation text if left out')
-p.add_argument('--baselines', default=','.join(k for k in KINDS if k!='slim')); p.add_argument('--table', action='store_true', help='make nothing, print what there is')
+p.add_argument('--method', default='slim', help='the student that the others stand beside'); p.add_argument('--baselines', help='all others if left out'); p.add_argument('--table', action='store_true', help='make nothing, print what there is')
 a = p.parse_args()
 
 text = {} if a.data is None else {k: ','.join(str(f) for f in sorted(a.data.glob(f'*.{s}.jsonl.gz'))) for k,s in (('calibration', 'train'), ('eval_data', 'valid'))}
 rows = json.loads(a.out.read_text()) if a.out.exists() else []
+if a.baselines is None: a.baselines = ','.join(k for k in KINDS if k not in (a.method, 'slim'))
 for keep in () if a.table else map(float, a.keeps.split(',')):
     for seed in map(int, a.seeds.split(',')):
-        key = dict(keep=keep, distill_steps=a.distill_steps, seed=seed, lr=a.lr, tokens=a.tokens)
+        key = dict(keep=keep, distill_steps=a.distill_steps, seed=seed, lr=a.lr, tokens=a.tokens) | (dict(method=a.method) if a.method!='slim' else {})
         done = {k for r in rows if r['key']==key for k in r['asked']}
         names = [b for b in a.baselines.split(',') if b not in done]
         if done and not names: continue

@@ -19,7 +19,7 @@ from .checkpoint import *
 from .headers import *
 
 # %% ../nbs/06_fused_files.ipynb #b568e66c
-MODULES = 'headers', 'expert_analysis', 'grouped', 'multiplex_lora', 'fused_model'
+MODULES = 'headers', 'expert_analysis', 'grouped', 'gathered', 'multiplex_lora', 'fused_model'
 ROOTS = 'FusedDeepseekV2ForCausalLM', 'FusedDeepseekV3ForCausalLM'
 
 def _root(node): # the name that `a.b.c(...)` begins with
@@ -36,6 +36,8 @@ class _Statement:
         self.uses = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)} - {'patch'}
         names = [t for t in getattr(node, 'targets', []) for t in ast.walk(t) if isinstance(t, ast.Name)]
         self.defines = {n.id for n in names} | ({node.name} if hasattr(node, 'name') else set())
+        if isinstance(node, (ast.If, ast.Try)):                                # kernels, where there is Triton
+            self.defines = {n.name for n in ast.walk(node) if isinstance(n, ast.FunctionDef)} | {(a.asname or a.name).split('.')[0] for n in ast.walk(node) if isinstance(n, ast.Import) for a in n.names}
         about = _root(node.value) if isinstance(node, ast.Expr) else _root(decorators[0]) if self.defines=={'_'} else None
         if self.patched or self.defines=={'_'}: self.defines = set()
         self.wanted_by = self.patched or about
