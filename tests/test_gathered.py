@@ -58,6 +58,18 @@ for mode,rank,groups in ('cores', 0, torch.arange(12)%3), ('exact', 4, torch.ara
         if k[0] in 'b': v.normal_(std=.2)                                       # as if trained
     far = ((f.in_kernels(x, w, ids)-f.routed(x, w, ids)).norm()/f.routed(x, w, ids).norm()).item()
     assert far<1e-6, (mode, rank, far)
+
+# the code that fused checkpoints carry has the kernels too
+import importlib.util, tempfile
+from pathlib import Path
+from moe_fuse.fused_files import *
+with tempfile.TemporaryDirectory() as d:
+    (file := Path(d)/'modelling.py').write_text(modelling_source())
+    spec = importlib.util.spec_from_file_location('modelling', file)
+    carried = importlib.util.module_from_spec(spec); spec.loader.exec_module(carried)
+    groups = torch.arange(12)%3
+    f = carried.FusedMoE(moe, groups, moe.experts.gate_up_proj[:3].clone(), moe.experts.down_proj[:3].clone(), 4, 'exact')
+    assert ((f.in_kernels(x, w, ids)-f.routed(x, w, ids)).norm()/f.routed(x, w, ids).norm()).item()<1e-6
 '''
 
 def test_kernels_are_the_formula_and_the_fused_blocks():
