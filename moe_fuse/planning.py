@@ -627,7 +627,7 @@ def plan(
     limits = {k:v for k,v in dict(vram=vram, ram=ram, disk=disk).items() if v is not None}
     helps = {r: advice(c, files, local, recipe, r, limits[r]) for r in need if r in limits and peak(r, need)>limits[r]}
     rows = [dict(name=s.name, flops=s.flops, seconds=stage_seconds(s, rates)) for s in stages(z, files)]
-    return Plan(model_type=c['model_type'], experts=z.place, parameters=sum(parameters(c).values()), student_parameters=student_weights(z), recipe=recipe, kinds=z.kinds, stages=rows, need=need,
+    return Plan(model_type=c['model_type'], experts=z.place, parameters=sum(parameters(c).values()), student_parameters=student_weights(z), unknowns=z.f if recipe['method']=='slim' else None, recipe=recipe, kinds=z.kinds, stages=rows, need=need,
                 peaks={r: peak(r, need) for r in need}, limits=limits, rates=rates, seconds=sum(r['seconds'] for r in rows), fits=not helps, verdict=verdict(not helps, need, limits, helps))
 
 # %% ../nbs/08_planning.ipynb #56664f40
@@ -642,4 +642,6 @@ def plan_table(
     r = p['rates']
     speed = f"{r['flops']/1e12:,.3g} TFLOPS, {r['memory']/1e9:,.3g} GB/s of memory, {r['disk']/1e9:,.3g} GB/s of files ({r.get('by', 'assumed')})"
     where = '' if p['recipe']['device_budget'] is None else '\nthe teacher\'s experts stay ' + dict(floats='on the device, as floats', packed='on the device, packed', disk='on disk')[p['experts']]
-    return f"{p['verdict']}\n\n{aligned(['stage', *(WORDS[m] for m in memory), 'TFLOP', 'time'], rows)}\n\ndisk {gb(p['peaks']['disk'])}: {files}{where}\ntime at {speed}"
+    t, f = p['recipe']['tokens'], p['unknowns']
+    text = f"\ntext: {t:,} tokens, {t/f:,.3g} for each of the {f:,} unknowns of a layer's fit" + (', more would help' if t<20*f else '') if f else ''
+    return f"{p['verdict']}\n\n{aligned(['stage', *(WORDS[m] for m in memory), 'TFLOP', 'time'], rows)}\n\ndisk {gb(p['peaks']['disk'])}: {files}{where}{text}\ntime at {speed}"
