@@ -103,13 +103,11 @@ def tune():
     high = {4096: (128,), 256: (16, 32, 64), 1: (16,)}
     part, parts = map(int, a.part.split('/'))
     for name,f in dict(slim=slim, stock=moe, exact=fused['exact']).items():
-        e = f if isinstance(f, FusedMoE) else f.experts
-        extra = dict(core=f.groups, bias=f.bias, **{k: getattr(f, k) for k in ('a_gate_up', 'b_gate', 'b_up', 'a_down', 'b_down')}) if isinstance(f, FusedMoE) else {}
         for tokens,heights in high.items():
             if tokens==256 and name=='stock': continue
             x = torch.randn(tokens, H, device=a.device, dtype=dtype)
             _, w, ids = moe.gate(x)
-            run = lambda cut: gathered_experts(x, e.gate_up_proj, e.down_proj, ids, w, tiles=cut, **extra)
+            run = lambda cut: f.in_kernels(x, w, ids, cut) if isinstance(f, FusedMoE) else gathered_experts(x, f.experts.gate_up_proj, f.experts.down_proj, ids, w, tiles=cut)
             best = list(TILES[{4096: 128, 256: 64, 1: 16}[tokens]])
             grid = {4096: (((64, 128), (128, 256)), (32, 64), (4, 8), (3, 4)), 256: (2*((64, 128),), (64, 128), (4,), (3,)), 1: (2*((16, 32, 64),), (64, 128, 256), (4,), (3, 5))}[tokens]
             for at in 0, 1:

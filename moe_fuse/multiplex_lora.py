@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODES', 'with_config', 'fill', 'beside_experts', 'slim_moe', 'kept_experts', 'pruned_moe', 'delta_shapes', 'FusedMoE',
-           'Dispatch', 'dispatch', 'take', 'to_cores', 'sum_members', 'to_tokens', 'block_forward', 'svd_lora',
-           'shared_lora', 'fit_deltas', 'fuse_moe', 'fused_parameters']
+           'Dispatch', 'leaders', 'dispatch', 'take', 'to_cores', 'sum_members', 'to_tokens', 'block_forward',
+           'svd_lora', 'shared_lora', 'fit_deltas', 'fuse_moe', 'fused_parameters']
 
 # %% ../nbs/04_multiplex_lora.ipynb #96612534
 import copy, math
@@ -161,6 +161,16 @@ class Dispatch(NamedTuple):
     member: torch.Tensor # [T, k, k] w_i where slot i belongs to the core that the row's slot leads
     inv: torch.Tensor    # [P] the core row of each expert row
 
+def leaders(
+    core:torch.Tensor,    # [T, k] core of each slot
+    weights:torch.Tensor, # [T, k] router weights
+): # (the slot that leads each slot's core [T, k]; leads, member as in `Dispatch`)
+    "The first slot of a token's core leads."
+    same = core[:,:,None]==core[:,None,:]
+    first = same.int().argmax(2)
+    leads = first==torch.arange(core.shape[1], device=core.device)
+    return first, leads, torch.where(same & leads[:,:,None], weights[:,None,:], 0)
+
 def dispatch(
     indices:torch.Tensor, # [T, k] expert ids
     weights:torch.Tensor, # [T, k] router weights
@@ -169,11 +179,8 @@ def dispatch(
 ) -> Dispatch:
     "Sort the slots of a batch by expert and by core."
     core = groups[indices]
-    same = core[:,:,None]==core[:,None,:]
-    first = same.int().argmax(2)                                               # the slot that leads each slot's core
-    leads = first==torch.arange(core.shape[1], device=core.device)
+    first, leads, member = leaders(core, weights)
     p, q = sort_slots(indices, len(groups)), sort_slots(core.where(leads, n_cores), n_cores)
-    member = torch.where(same & leads[:,:,None], weights[:,None,:], 0)
     return Dispatch(indices, p, q, leads, member, q.row.view_as(first).gather(1, first).flatten()[p.slot])
 
 # %% ../nbs/04_multiplex_lora.ipynb #cb349e36
@@ -266,15 +273,13 @@ def exact(self:FusedMoE, x, d): # [T, H] -> [T, H]
 
 # %% ../nbs/04_multiplex_lora.ipynb #k0000002
 @patch
-def in_kernels(self:FusedMoE, x, weights, indices): # [T, H], [T, k], [T, k] -> [T, H]
+def in_kernels(self:FusedMoE, x, weights, indices, tiles=None): # [T, H], [T, k], [T, k], as for `gathered_experts` -> [T, H]
     "Cores or the exact mixture on a GPU, without a gradient."
-    if self.mode=='exact': return gathered_experts(x, self.gate_up_proj, self.down_proj, indices, weights, self.groups, bias=self.bias,
+    if self.mode=='exact': return gathered_experts(x, self.gate_up_proj, self.down_proj, indices, weights, self.groups, bias=self.bias, tiles=tiles,
                                                    **{k: getattr(self, k) for k in ('a_gate_up', 'b_gate', 'b_up', 'a_down', 'b_down') if self.rank})
     core = self.groups[indices]
-    same = core[:,:,None]==core[:,None,:]                                      # the first slot of a core has its weight, the others are nobody's
-    leads = same.int().argmax(2)==torch.arange(core.shape[1], device=core.device)
-    s = torch.where(same, weights[:,None,:], 0).sum(2)
-    return gathered_experts(x, self.gate_up_proj, self.down_proj, core.where(leads, len(self.down_proj)), s, partial=True)
+    _, leads, member = leaders(core, weights)                                  # the leading slot has the core's weight, the others are nobody's
+    return gathered_experts(x, self.gate_up_proj, self.down_proj, core.where(leads, len(self.down_proj)), member.sum(2), partial=True, tiles=tiles)
 
 # %% ../nbs/04_multiplex_lora.ipynb #faf1924e
 @patch
