@@ -4,7 +4,6 @@
     python bench/baselines.py demo results/baselines-demo.json --tokens 16384 --eval-tokens 16384 --keeps 0.25 --seeds 0
 
     python bench/baselines.py TEACHER results/baselines-v3-20m.json --data DATA --keeps 0.0625 --method cores     # where slim would have too few neurons
-    python bench/baselines.py TEACHER results/baselines-v3-20m.json --data DATA --keeps 0.75 --width 48           # slim alone, 48 neurons in every expert
 
 TEACHER is a checkpoint or `demo`, DATA a folder with DOMAIN.train.jsonl.gz and DOMAIN.valid.jsonl.gz; without it the text is the demo's. Rows that are in the
 results already are not made again, so the command can be stopped and repeated, or run for one seed at a time. The table is printed at the end, and alone with --table.
@@ -13,32 +12,26 @@ import argparse, json, statistics, tempfile
 from pathlib import Path
 
 from moe_fuse.checkpoint import write_atomic
-from moe_fuse.headers import *
 from moe_fuse.pipeline import KINDS, compress
-from moe_fuse.planning import routed_layers
 
 p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 p.add_argument('teacher'); p.add_argument('out', type=Path); p.add_argument('--data', type=Path)
 p.add_argument('--keeps', default='0.5,0.25'); p.add_argument('--seeds', default='0,1,2'); p.add_argument('--distill-steps', type=int, default=0); p.add_argument('--lr', type=float, default=2e-3)
 p.add_argument('--tokens', type=int, default=262144); p.add_argument('--eval-tokens', type=int, default=None, help='all of the validation text if left out')
-p.add_argument('--method', default='slim', help='the student that the others stand beside'); p.add_argument('--baselines', help='all others if left out'); p.add_argument('--width', type=int, help='slim alone, with so many neurons in every expert of every layer, whatever stock layouts allow for its share (09_layouts); --keeps says where its row goes')
-p.add_argument('--table', action='store_true', help='make nothing, print what there is')
+p.add_argument('--method', default='slim', help='the student that the others stand beside'); p.add_argument('--baselines', help='all others if left out'); p.add_argument('--table', action='store_true', help='make nothing, print what there is')
 a = p.parse_args()
 
 text = {} if a.data is None else {k: ','.join(str(f) for f in sorted(a.data.glob(f'*.{s}.jsonl.gz'))) for k,s in (('calibration', 'train'), ('eval_data', 'valid'))}
 rows = json.loads(a.out.read_text()) if a.out.exists() else []
-if a.width:
-    a.baselines, c = '', Checkpoint(resolve_source(a.teacher)).config
-    routed = range(c['num_hidden_layers'])[-routed_layers(c):]                 # the dense layers come first, as in DeepSeek
 if a.baselines is None: a.baselines = ','.join(k for k in KINDS if k not in (a.method, 'slim'))
 for keep in () if a.table else map(float, a.keeps.split(',')):
     for seed in map(int, a.seeds.split(',')):
-        key = dict(keep=keep, distill_steps=a.distill_steps, seed=seed, lr=a.lr, tokens=a.tokens) | (dict(method=a.method) if a.method!='slim' else {}) | (dict(width=a.width) if a.width else {})
-        same = [r for r in rows if r['key']==key]
-        names = [b for b in a.baselines.split(',') if b and not any(b in r['asked'] for r in same)]
-        if same and not names: continue
+        key = dict(keep=keep, distill_steps=a.distill_steps, seed=seed, lr=a.lr, tokens=a.tokens) | (dict(method=a.method) if a.method!='slim' else {})
+        done = {k for r in rows if r['key']==key for k in r['asked']}
+        names = [b for b in a.baselines.split(',') if b not in done]
+        if done and not names: continue
         with tempfile.TemporaryDirectory() as d:
-            r = compress(a.teacher, Path(d)/'out', baselines=names, eval_tokens=a.eval_tokens, quiet=True, **text, **({k: v for k,v in key.items() if k!='width'} | (dict(keep=dict.fromkeys(routed, a.width)) if a.width else {}))).report
+            r = compress(a.teacher, Path(d)/'out', baselines=names, eval_tokens=a.eval_tokens, quiet=True, **text, **key).report
         for t in r['calibration'], r['held_out']: t['origins'] = [Path(o).name for o in t['origins']]   # results are published
         rows.append(dict(key=key, asked=names) | {k: r[k] for k in ('evaluation', 'sizes', 'fvu', 'seconds', 'calibration', 'held_out', 'device', 'versions', 'date')})
         a.out.parent.mkdir(exist_ok=True, parents=True); write_atomic(a.out, json.dumps(rows, indent=1)+'\n')
@@ -47,9 +40,9 @@ for keep in () if a.table else map(float, a.keeps.split(',')):
 def shown(v, f='.3f'): return f'{statistics.mean(v):{f}}' + (f' ± {statistics.stdev(v):{f}}' if len(v)>1 else '')
 for keep,steps in sorted({(r['key']['keep'], r['key']['distill_steps']) for r in rows}, reverse=True):
     part = [r for r in rows if (r['key']['keep'], r['key']['distill_steps'])==(keep, steps)]
-    rows_of = {k: [r for r in part if k in r['evaluation'] and not r['key'].get('width')] for k in KINDS} | {f"slim, {w} neurons each": [r for r in part if r['key'].get('width')==w] for w in {r['key'].get('width') for r in part}-{None}}
-    kl = {k: {r['key']['seed']: r['evaluation'][k.split(',')[0]]['mean']['kl'] for r in rs} for k,rs in rows_of.items() if rs}   # slim is made with every part of a row that was made in parts
-    size = {k: (z := rows_of[k][0]['sizes'])[k.split(',')[0]]['routed']/z['teacher']['routed'] for k in kl}
-    built = {k: statistics.mean(s for r in rows_of[k] for n,s in r['seconds'].items() if n==f'{k.split(",")[0]}: build') for k in kl}
+    rows_of = {k: [r for r in part if k in r['evaluation']] for k in KINDS}
+    kl = {k: {r['key']['seed']: r['evaluation'][k]['mean']['kl'] for r in rs} for k,rs in rows_of.items() if rs}   # slim is made with every part of a row that was made in parts
+    size = {k: (z := rows_of[k][0]['sizes'])[k]['routed']/z['teacher']['routed'] for k in kl}
+    built = {k: statistics.mean(s for r in rows_of[k] for n,s in r['seconds'].items() if n==f'{k}: build') for k in kl}
     print(f'\nkeep {keep:g}, {steps} distillation steps, {len({r["key"]["seed"] for r in part})} seeds\n\n| | KL | routed weights | build and measure, s |\n|---|--:|--:|--:|')
-    for k in sorted(kl, key=lambda k: statistics.mean(kl[k].values())): print(f'| {KINDS.get(k, k)} | {shown(list(kl[k].values()))} | {size[k]:.3f} | {built[k]:.1f} |')
+    for k in sorted(kl, key=lambda k: statistics.mean(kl[k].values())): print(f'| {KINDS[k]} | {shown(list(kl[k].values()))} | {size[k]:.3f} | {built[k]:.1f} |')

@@ -6,7 +6,7 @@
 __all__ = ['ITEM_BYTES', 'FAMILIES', 'SUPPORTED', 'FUSED_FAMILIES', 'FUSED_WEIGHT', 'PARTS', 'BadInput', 'read_json', 'Entry',
            'read_header', 'Checkpoint', 'resolve_source', 'open_headers', 'Family', 'experts_key', 'stock_type',
            'check_supported', 'check_shrinkable', 'disk_name', 'part_of', 'mtp_layers', 'inspect', 'slim_widths',
-           'slim_sizes', 'pruned_groups', 'LayerBytes', 'place_experts', 'aligned']
+           'slim_sizes', 'wider_keep', 'pruned_groups', 'LayerBytes', 'place_experts', 'aligned']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
 import json, re
@@ -268,6 +268,17 @@ def slim_sizes(
     "The same from a config: DeepSeek and GLM count shared experts, Qwen2-MoE counts the shared expert's neurons, the others have none."
     f = check_shrinkable(config)
     return slim_widths(config[experts_key(config)], config[f.width], None if not f.shared else config.get('n_shared_experts') or 0, keep, shared_share)
+
+# %% ../nbs/00_headers.ipynb #3fe57dd1
+def wider_keep(
+    config:dict, # config.json of the teacher
+    keep:float,  # as in `slim_widths`
+): # None where all neurons stay already
+    "The least `keep` whose experts are 8 neurons wider: a little more than `keep` where rounding made much of it always-on."
+    f = FAMILIES[config['model_type']]
+    n, i, r = config[experts_key(config)], config[f.width], slim_sizes(config, keep)[0]+8
+    shared = (config.get('n_shared_experts') or 0)*i if f.shared else 0
+    return None if r>i else (n*r + -(-shared//r)*r - shared)/(n*i)
 
 # %% ../nbs/00_headers.ipynb #7d2e3f90
 def pruned_groups(

@@ -11,8 +11,8 @@ __all__ = ['UNITS', 'COUNTS', 'LATENT', 'ATTENTION_KEYS', 'WEIGHT_BYTES', 'MIN_T
            'read_stages', 'transfer', 'attention_cost', 'dense_cost', 'block_shape', 'block_cost', 'teacher_stage',
            'held_weights', 'attention_stage', 'build_copies', 'measure_stage', 'forward_stage', 'fit_stage',
            'distill_stage', 'write_stage', 'evaluation_stage', 'stages', 'measure_machine', 'stage_seconds',
-           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'Plan', 'plan', 'plan_table',
-           'aligned']
+           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'slim_step', 'Plan', 'plan',
+           'plan_table', 'aligned']
 
 # %% ../nbs/08_planning.ipynb #15d1c939
 import math, re, time
@@ -607,6 +607,15 @@ def verdict(
     if fits: return 'fits: ' + ', '.join(f'{gb(peak(r, need))} of ' + (f'{gb(limits[r])} ' if limits.get(r) else '') + f'{WORDS[r]} ({most(r)})' for r in need)
     return 'does not fit: ' + '; '.join(f'{most(r)} {"need" if r=="disk" else "needs"} {gb(peak(r, need))} of {WORDS[r]}, {gb(limits[r])} are there; {helps[r]}' for r in helps)
 
+# %% ../nbs/08_planning.ipynb #a43e2925
+def slim_step(
+    c:dict, recipe:dict, # config.json; `keep`, `shared_share`
+) -> dict: # `width` of an expert, `always_on` neurons; `wider`: a `keep` at most 2 % above with wider experts, or None
+    "What rounding makes of `keep`."
+    r, on, _ = slim_sizes(c, recipe['keep'], recipe['shared_share'])
+    k = None if recipe['shared_share'] else wider_keep(c, recipe['keep'])
+    return dict(width=r, always_on=on, wider=math.ceil(k*1e4)/1e4 if on and k and k<=1.02*recipe['keep'] else None)
+
 # %% ../nbs/08_planning.ipynb #a43e2926
 class Plan(dict):
     "What `plan` says; `stages`, `need`, `peaks`, `limits`, `seconds`, `fits`, `verdict`."
@@ -627,7 +636,7 @@ def plan(
     limits = {k:v for k,v in dict(vram=vram, ram=ram, disk=disk).items() if v is not None}
     helps = {r: advice(c, files, local, recipe, r, limits[r]) for r in need if r in limits and peak(r, need)>limits[r]}
     rows = [dict(name=s.name, flops=s.flops, seconds=stage_seconds(s, rates)) for s in stages(z, files)]
-    return Plan(model_type=c['model_type'], experts=z.place, parameters=sum(parameters(c).values()), student_parameters=student_weights(z), unknowns=z.f if recipe['method']=='slim' else None, recipe=recipe, kinds=z.kinds, stages=rows, need=need,
+    return Plan(model_type=c['model_type'], experts=z.place, parameters=sum(parameters(c).values()), student_parameters=student_weights(z), unknowns=z.f if recipe['method']=='slim' else None, slim=slim_step(c, recipe) if recipe['method']=='slim' else None, recipe=recipe, kinds=z.kinds, stages=rows, need=need,
                 peaks={r: peak(r, need) for r in need}, limits=limits, rates=rates, seconds=sum(r['seconds'] for r in rows), fits=not helps, verdict=verdict(not helps, need, limits, helps))
 
 # %% ../nbs/08_planning.ipynb #56664f40
@@ -644,4 +653,5 @@ def plan_table(
     where = '' if p['recipe']['device_budget'] is None else '\nthe teacher\'s experts stay ' + dict(floats='on the device, as floats', packed='on the device, packed', disk='on disk')[p['experts']]
     t, f = p['recipe']['tokens'], p['unknowns']
     text = f"\ntext: {t:,} tokens, {t/f:,.3g} for each of the {f:,} unknowns of a layer's fit" + (', more would help' if t<20*f else '') if f else ''
-    return f"{p['verdict']}\n\n{aligned(['stage', *(WORDS[m] for m in memory), 'TFLOP', 'time'], rows)}\n\ndisk {gb(p['peaks']['disk'])}: {files}{where}{text}\ntime at {speed}"
+    slim = f"\nslim: {z['width']:,} neurons an expert and {z['always_on']:,} always-on" + (f"; keep {z['wider']:.4g} gives an expert {z['width']+8:,}" if z['wider'] else '') if (z := p['slim']) else ''
+    return f"{p['verdict']}\n\n{aligned(['stage', *(WORDS[m] for m in memory), 'TFLOP', 'time'], rows)}\n\ndisk {gb(p['peaks']['disk'])}: {files}{where}{slim}{text}\ntime at {speed}"
