@@ -11,8 +11,8 @@ __all__ = ['UNITS', 'COUNTS', 'LATENT', 'ATTENTION_KEYS', 'WEIGHT_BYTES', 'MIN_T
            'read_stages', 'transfer', 'attention_cost', 'dense_cost', 'block_shape', 'block_cost', 'teacher_stage',
            'held_weights', 'attention_stage', 'build_copies', 'measure_stage', 'forward_stage', 'fit_stage',
            'distill_stage', 'write_stage', 'evaluation_stage', 'stages', 'measure_machine', 'stage_seconds',
-           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'slim_step', 'Plan', 'plan',
-           'plan_table', 'aligned']
+           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'slim_step', 'say_step',
+           'Plan', 'plan', 'plan_table', 'aligned']
 
 # %% ../nbs/08_planning.ipynb #15d1c939
 import math, re, time
@@ -610,11 +610,16 @@ def verdict(
 # %% ../nbs/08_planning.ipynb #a43e2925
 def slim_step(
     c:dict, recipe:dict, # config.json; `keep`, `shared_share`
-) -> dict: # `width` of an expert, `always_on` neurons; `wider`: a `keep` at most 2 % above with wider experts, or None
+) -> dict: # `width` of an expert, `always_on` neurons; `wider`: a `keep` at most 3 % above and the width it gives, or None
     "What rounding makes of `keep`."
     r, on, _ = slim_sizes(c, recipe['keep'], recipe['shared_share'])
-    k = None if recipe['shared_share'] else wider_keep(c, recipe['keep'])
-    return dict(width=r, always_on=on, wider=math.ceil(k*1e4)/1e4 if on and k and k<=1.02*recipe['keep'] else None)
+    k = None if recipe['shared_share'] or not on else wider_keep(c, recipe['keep'])
+    k = k and math.ceil(k*1e4)/1e4
+    return dict(width=r, always_on=on, wider=(k, slim_sizes(c, k)[0]) if k and k<=min(1, 1.03*recipe['keep']) else None)
+
+def say_step(z): # from `slim_step` -> text
+    "One line."
+    return f"{z['width']:,} neurons an expert and {z['always_on']:,} always-on" + ('; keep {:.4g} gives an expert {:,}'.format(*z['wider']) if z['wider'] else '')
 
 # %% ../nbs/08_planning.ipynb #a43e2926
 class Plan(dict):
@@ -653,5 +658,5 @@ def plan_table(
     where = '' if p['recipe']['device_budget'] is None else '\nthe teacher\'s experts stay ' + dict(floats='on the device, as floats', packed='on the device, packed', disk='on disk')[p['experts']]
     t, f = p['recipe']['tokens'], p['unknowns']
     text = f"\ntext: {t:,} tokens, {t/f:,.3g} for each of the {f:,} unknowns of a layer's fit" + (', more would help' if t<20*f else '') if f else ''
-    slim = f"\nslim: {z['width']:,} neurons an expert and {z['always_on']:,} always-on" + (f"; keep {z['wider']:.4g} gives an expert {z['width']+8:,}" if z['wider'] else '') if (z := p['slim']) else ''
+    slim = f'\nslim: {say_step(p["slim"])}' if p['slim'] else ''
     return f"{p['verdict']}\n\n{aligned(['stage', *(WORDS[m] for m in memory), 'TFLOP', 'time'], rows)}\n\ndisk {gb(p['peaks']['disk'])}: {files}{where}{slim}{text}\ntime at {speed}"

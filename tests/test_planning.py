@@ -37,6 +37,19 @@ def test_parameters_are_those_of_the_stock_model(c):
     state = {k:v for k,v in model.state_dict().items() if not (c['tie_word_embeddings'] and k=='lm_head.weight')}
     assert parameters(c)==parts_of({k.replace('experts.gate_up_proj', 'experts.0.gate_proj').replace('experts.down_proj', 'experts.0.down_proj'):v for k,v in state.items()}, c['num_hidden_layers'])
 
+@few
+@given(configs(), st.floats(.3, 1))
+def test_a_wider_step_is_the_next_one(c, keep):
+    "The named keep gives 8 neurons more, and a little less than it does not"
+    try: r = slim_sizes(c, keep)[0]
+    except BadInput: return
+    k = wider_keep(c, keep)
+    if k is None: assert r+8>c['moe_intermediate_size']; return
+    if k>1: return                                                             # only more than the teacher has would do
+    assert k>keep and slim_sizes(c, k)[0]==r+8>slim_sizes(c, k-1e-3/c['n_routed_experts'])[0]
+    z = slim_step(c, dict(keep=keep, shared_share=0.))
+    assert z['width']==r and (z['wider'] is None or keep<z['wider'][0]<=1.03*keep and z['wider'][1]==slim_sizes(c, z['wider'][0])[0]>r and f"keep {z['wider'][0]:.4g} gives an expert {z['wider'][1]}" in say_step(z))
+
 @pytest.mark.parametrize('how', ['bfloat16', 'float32', 'fp8', 'awq', 'mixed'])
 @pytest.mark.parametrize('base', [V2, V3], ids=['v2', 'v3'])
 def test_bytes_and_parameters_are_those_of_a_written_checkpoint(base, how, tmp_path):
