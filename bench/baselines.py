@@ -40,9 +40,9 @@ for keep in () if a.table else map(float, a.keeps.split(',')):
 def shown(v, f='.3f'): return f'{statistics.mean(v):{f}}' + (f' ± {statistics.stdev(v):{f}}' if len(v)>1 else '')
 for keep,steps in sorted({(r['key']['keep'], r['key']['distill_steps']) for r in rows}, reverse=True):
     part = [r for r in rows if (r['key']['keep'], r['key']['distill_steps'])==(keep, steps)]
-    rows_of = {k: [r for r in part if k in r['evaluation']] for k in KINDS}
-    kl = {k: {r['key']['seed']: r['evaluation'][k]['mean']['kl'] for r in rs} for k,rs in rows_of.items() if rs}   # slim is made with every part of a row that was made in parts
-    size = {k: (z := rows_of[k][0]['sizes'])[k]['routed']/z['teacher']['routed'] for k in kl}
-    built = {k: statistics.mean(s for r in rows_of[k] for n,s in r['seconds'].items() if n==f'{k}: build') for k in kl}
+    kl = {k: {r['key']['seed']: r['evaluation'][k]['mean']['kl'] for r in part if k in r['evaluation']} for k in KINDS}        # slim is made with every part of a row that was made in parts
+    size = {k: next((r['sizes'][k]['routed']/r['sizes']['teacher']['routed'] for r in part if k in r['sizes']), 0) for k in KINDS}
+    built = {k: [s for r in part for n,s in r['seconds'].items() if n==f'{k}: build'] for k in KINDS}
     print(f'\nkeep {keep:g}, {steps} distillation steps, {len({r["key"]["seed"] for r in part})} seeds\n\n| | KL | routed weights | build and measure, s |\n|---|--:|--:|--:|')
-    for k in sorted(kl, key=lambda k: statistics.mean(kl[k].values())): print(f'| {KINDS[k]} | {shown(list(kl[k].values()))} | {size[k]:.3f} | {built[k]:.1f} |')
+    for k in sorted((k for k in KINDS if kl[k]), key=lambda k: statistics.mean(kl[k].values())):
+        print(f'| {KINDS[k]} | {shown(list(kl[k].values()))} | {size[k]:.3f} | {statistics.mean(built[k]):.1f} |')

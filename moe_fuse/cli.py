@@ -225,9 +225,8 @@ def run_command(
             more = f'{budget_table(report["budget"])}\n\n'
         return json.dumps(report) if a.json else f'{verdict(report)}\n\n{more}numbers and pictures: {a.out}'
     from moe_fuse.pipeline import compress, compress_and_heal, table
-    from moe_fuse.planning import parse_bytes, say_step, slim_step
+    from moe_fuse.planning import parse_bytes
     if a.device_budget is not None: a.device_budget = parse_bytes(a.device_budget)
-    if a.method=='slim' and (z := slim_step(Checkpoint(resolve_source(a.src)).config, vars(a)))['wider']: print(f'moe-fuse: {say_step(z)}', file=sys.stderr)
     skip = 'command', 'json', 'baselines'
     do = compress
     if a.heal_tokens: from moe_fuse.heal import heal_table; do = compress_and_heal

@@ -6,10 +6,11 @@
 __all__ = ['ITEM_BYTES', 'FAMILIES', 'SUPPORTED', 'FUSED_FAMILIES', 'FUSED_WEIGHT', 'PARTS', 'BadInput', 'read_json', 'Entry',
            'read_header', 'Checkpoint', 'resolve_source', 'open_headers', 'Family', 'experts_key', 'stock_type',
            'check_supported', 'check_shrinkable', 'disk_name', 'part_of', 'mtp_layers', 'inspect', 'slim_widths',
-           'slim_sizes', 'wider_keep', 'pruned_groups', 'LayerBytes', 'place_experts', 'aligned']
+           'routed_sizes', 'slim_sizes', 'wider_keep', 'slim_step', 'say_step', 'pruned_groups', 'LayerBytes',
+           'place_experts', 'aligned']
 
 # %% ../nbs/00_headers.ipynb #3d75be80
-import json, re
+import json, math, re
 from collections import defaultdict
 from importlib.resources import files
 from itertools import pairwise
@@ -261,13 +262,19 @@ def slim_widths(
     raise BadInput(f'keep is {keep}, which leaves less than 8 neurons an expert')
 
 # %% ../nbs/00_headers.ipynb #ff4673a0
+def routed_sizes(
+    config:dict, # config.json of the teacher
+): # (N, I, n_shared) as `slim_widths` takes them
+    "DeepSeek and GLM count shared experts, Qwen2-MoE counts the shared expert's neurons, the others have none."
+    f = check_shrinkable(config)
+    return config[experts_key(config)], config[f.width], None if not f.shared else config.get('n_shared_experts') or 0
+
 def slim_sizes(
     config:dict,            # config.json of the teacher
     keep:float, shared_share=0., # as in `slim_widths`
 ): # as `slim_widths`; always-on neurons behind the shared expert the teacher has
-    "The same from a config: DeepSeek and GLM count shared experts, Qwen2-MoE counts the shared expert's neurons, the others have none."
-    f = check_shrinkable(config)
-    return slim_widths(config[experts_key(config)], config[f.width], None if not f.shared else config.get('n_shared_experts') or 0, keep, shared_share)
+    "The same from a config."
+    return slim_widths(*routed_sizes(config), keep, shared_share)
 
 # %% ../nbs/00_headers.ipynb #3fe57dd1
 def wider_keep(
@@ -275,10 +282,23 @@ def wider_keep(
     keep:float,  # as in `slim_widths`
 ): # None where all neurons stay already
     "The least `keep` whose experts are 8 neurons wider: a little more than `keep` where rounding made much of it always-on."
-    f = FAMILIES[config['model_type']]
-    n, i, r = config[experts_key(config)], config[f.width], slim_sizes(config, keep)[0]+8
-    shared = (config.get('n_shared_experts') or 0)*i if f.shared else 0
+    (n, i, n_shared), r = routed_sizes(config), slim_sizes(config, keep)[0]+8
+    shared = (n_shared or 0)*i
     return None if r>i else (n*r + -(-shared//r)*r - shared)/(n*i)
+
+# %% ../nbs/00_headers.ipynb #3fe57dd3
+def slim_step(
+    c:dict, recipe:dict, # config.json; `keep`, `shared_share`
+) -> dict: # `width` of an expert, `always_on` neurons; `wider`: a `keep` at most 3 % above and the width it gives, or None
+    "What rounding makes of `keep`."
+    r, on, _ = slim_sizes(c, recipe['keep'], recipe['shared_share'])
+    k = None if recipe['shared_share'] or not on else wider_keep(c, recipe['keep'])
+    k = k and math.ceil(k*1e4)/1e4
+    return dict(width=r, always_on=on, wider=(k, slim_sizes(c, k)[0]) if k and k<=min(1, 1.03*recipe['keep']) else None)
+
+def say_step(z): # from `slim_step` -> text
+    "A slim student's widths in a line."
+    return f"{z['width']:,} neurons an expert and {z['always_on']:,} always-on" + ('; keep {:.4g} gives an expert {:,}'.format(*z['wider']) if z['wider'] else '')
 
 # %% ../nbs/00_headers.ipynb #7d2e3f90
 def pruned_groups(

@@ -637,6 +637,7 @@ def compress(
                   baselines=list(baselines), dtype=dtype, states=states, mtp=mtp, seed=seed)
     if isinstance(keep, dict): recipe['keep'], recipe['widths'] = spread_widths(source, keep)
     kinds = check_recipe(source, recipe)
+    if not quiet and method=='slim' and 'widths' not in recipe and (z := slim_step(source.config, recipe))['wider']: print(f'moe-fuse: {say_step(z)}', file=sys.stderr)
     tok = load_tokenizer(source.folder)
     longest = min(512, source.config.get('max_position_embeddings') or 512)
     cal = sample_tokens(read_docs(calibration, seed=seed), tok, tokens, longest, seed)

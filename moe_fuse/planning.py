@@ -11,8 +11,8 @@ __all__ = ['UNITS', 'COUNTS', 'LATENT', 'ATTENTION_KEYS', 'WEIGHT_BYTES', 'MIN_T
            'read_stages', 'transfer', 'attention_cost', 'dense_cost', 'block_shape', 'block_cost', 'teacher_stage',
            'held_weights', 'attention_stage', 'build_copies', 'measure_stage', 'forward_stage', 'fit_stage',
            'distill_stage', 'write_stage', 'evaluation_stage', 'stages', 'measure_machine', 'stage_seconds',
-           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'slim_step', 'say_step',
-           'Plan', 'plan', 'plan_table', 'aligned']
+           'read_source', 'needs', 'peak', 'knobs', 'advice', 'gb', 'duration', 'verdict', 'Plan', 'plan', 'plan_table',
+           'aligned']
 
 # %% ../nbs/08_planning.ipynb #15d1c939
 import math, re, time
@@ -607,20 +607,6 @@ def verdict(
     if fits: return 'fits: ' + ', '.join(f'{gb(peak(r, need))} of ' + (f'{gb(limits[r])} ' if limits.get(r) else '') + f'{WORDS[r]} ({most(r)})' for r in need)
     return 'does not fit: ' + '; '.join(f'{most(r)} {"need" if r=="disk" else "needs"} {gb(peak(r, need))} of {WORDS[r]}, {gb(limits[r])} are there; {helps[r]}' for r in helps)
 
-# %% ../nbs/08_planning.ipynb #a43e2925
-def slim_step(
-    c:dict, recipe:dict, # config.json; `keep`, `shared_share`
-) -> dict: # `width` of an expert, `always_on` neurons; `wider`: a `keep` at most 3 % above and the width it gives, or None
-    "What rounding makes of `keep`."
-    r, on, _ = slim_sizes(c, recipe['keep'], recipe['shared_share'])
-    k = None if recipe['shared_share'] or not on else wider_keep(c, recipe['keep'])
-    k = k and math.ceil(k*1e4)/1e4
-    return dict(width=r, always_on=on, wider=(k, slim_sizes(c, k)[0]) if k and k<=min(1, 1.03*recipe['keep']) else None)
-
-def say_step(z): # from `slim_step` -> text
-    "One line."
-    return f"{z['width']:,} neurons an expert and {z['always_on']:,} always-on" + ('; keep {:.4g} gives an expert {:,}'.format(*z['wider']) if z['wider'] else '')
-
 # %% ../nbs/08_planning.ipynb #a43e2926
 class Plan(dict):
     "What `plan` says; `stages`, `need`, `peaks`, `limits`, `seconds`, `fits`, `verdict`."
@@ -641,7 +627,9 @@ def plan(
     limits = {k:v for k,v in dict(vram=vram, ram=ram, disk=disk).items() if v is not None}
     helps = {r: advice(c, files, local, recipe, r, limits[r]) for r in need if r in limits and peak(r, need)>limits[r]}
     rows = [dict(name=s.name, flops=s.flops, seconds=stage_seconds(s, rates)) for s in stages(z, files)]
-    return Plan(model_type=c['model_type'], experts=z.place, parameters=sum(parameters(c).values()), student_parameters=student_weights(z), unknowns=z.f if recipe['method']=='slim' else None, slim=slim_step(c, recipe) if recipe['method']=='slim' else None, recipe=recipe, kinds=z.kinds, stages=rows, need=need,
+    slim = slim_step(c, recipe) if recipe['method']=='slim' else None
+    return Plan(model_type=c['model_type'], experts=z.place, parameters=sum(parameters(c).values()), student_parameters=student_weights(z),
+                unknowns=z.f if slim else None, slim=slim, recipe=recipe, kinds=z.kinds, stages=rows, need=need,
                 peaks={r: peak(r, need) for r in need}, limits=limits, rates=rates, seconds=sum(r['seconds'] for r in rows), fits=not helps, verdict=verdict(not helps, need, limits, helps))
 
 # %% ../nbs/08_planning.ipynb #56664f40
