@@ -35,12 +35,12 @@ def layer_shapes(c, i): # config, layer -> {tensor name: shape}
     return {f'model.layers.{i}.{k}':s for k,s in out.items()}
 
 def draw(name, shape, rng): # yields bytes
-    "Norms are 1, the router's bias 0, embeddings normal, matrices normal over the root of their inputs."
+    "Norms are 1, the router's bias 0; all else is uniform, of variance 1 in embeddings, in matrices one over their inputs."
     n = int(np.prod(shape))
     if name.endswith('e_score_correction_bias'): yield bytes(4*n); return
     std = 1 if 'embed_tokens' in name else shape[-1]**-.5
     for a in range(0, n, CHUNK):
-        w = np.ones(n, np.float32) if 'norm' in name else rng.standard_normal(min(CHUNK, n-a), np.float32)*np.float32(std)
+        w = np.ones(n, np.float32) if 'norm' in name else (rng.random(min(CHUNK, n-a), np.float32)-np.float32(.5))*np.float32(12**.5*std)
         yield (w.view(np.uint32)>>16).astype(np.uint16)                        # bfloat16 is the upper half of float32
 
 def write_shard(path, shapes, rng):

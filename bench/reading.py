@@ -2,8 +2,8 @@
 
     python bench/reading.py            # on a GPU if there is one, else on the CPU
 
-Unpacking moves the packed bytes in and the floats out; the ceiling is a copy on the same device that moves as many bytes. On a CPU the peer is
-`awq.utils.packing_utils.dequantize_gemm` (AutoAWQ, if it is installed). Reading is timed from the page cache, against `safetensors.torch.load_file` of the same bytes.
+Unpacking moves the packed bytes in and the floats out; the ceiling is a copy on the same device that moves as many bytes. The peer, if AutoAWQ is
+installed, is its `dequantize_gemm` on a CPU and its Triton kernel on a GPU, which give float16. Reading is timed from the page cache, against `safetensors.torch.load_file` of the same bytes.
 Every ratio is made of medians of alternating repeats in this one run.
 """
 import argparse, json, statistics, sys, tempfile, time, warnings
@@ -35,11 +35,13 @@ def medians(*fs):
     rows = [[seconds(f) for f in fs] for _ in range(a.repeats)]
     return [statistics.median(r) for r in zip(*rows)]
 
-def autoawq():
+def autoawq(): # -> (name, f of the packed parts and their group), [i, o] in float16; None without AutoAWQ
     with warnings.catch_warnings(record=True):
-        try: from awq.utils.packing_utils import dequantize_gemm
+        try:
+            if cuda: from awq.modules.triton.gemm import awq_dequantize_triton as f
+            else:    from awq.utils.packing_utils import dequantize_gemm as f
         except ImportError: return None
-    return dequantize_gemm
+    return ("AutoAWQ's Triton kernel", lambda q, z, s, group: f(q, s, z)) if cuda else ("AutoAWQ's dequantize_gemm", lambda q, z, s, group: f(q, z, s, 4, group))
 
 def unpacking(o, i, dtype):
     print(f'\nunpacking [{o}, {i}] to {str(dtype)[6:]} on {torch.cuda.get_device_name() if cuda else f"the CPU, {torch.get_num_threads()} threads"}')
@@ -48,11 +50,13 @@ def unpacking(o, i, dtype):
         nbytes = sum(p.nbytes for p in parts) + o*i*dtype.itemsize
         src = torch.empty(nbytes//2, dtype=torch.uint8, device=device).random_(); dst = torch.empty_like(src)
         fs = [lambda: f(*parts, dtype=dtype), lambda: dst.copy_(src)]
-        if (peer := autoawq()) and not cuda and name.startswith('AWQ'): fs.append(lambda: peer(*parts, 4, i//len(parts[2])))
+        if (peer := autoawq()) and name.startswith('AWQ'):
+            parts, group = [v.contiguous() for v in parts], i//len(parts[2])
+            fs.append(lambda: peer[1](*parts, group)); torch.testing.assert_close(f(*parts, dtype=torch.float32), fs[-1]().T.float(), rtol=2e-3, atol=1e-5)
         t, copy, *rest = medians(*fs)
         what = f'unpack {name}, [{o}, {i}] to {str(dtype)[6:]}'
         rows.append(row(what, t, 'a copy of as many bytes', copy, 'bytes, and on a CPU the arithmetic of unpacking', ceiling=True, bytes=nbytes))
-        rows.extend(row(what, t, "AutoAWQ's dequantize_gemm", x, 'bytes, and on a CPU the arithmetic of unpacking', bytes=nbytes) for x in rest)
+        rows.extend(row(what, t, peer[0], x, 'bytes, and on a CPU the arithmetic of unpacking', bytes=nbytes) for x in rest)
         print(f'  {name:<14} {t*1e6:10,.0f} us, {nbytes/t/1e9:8,.1f} GB/s, {copy/t:6.1%} of a copy of as many bytes' + (f', {rest[0]/t:.1f} times as fast as AutoAWQ' if rest else ''))
 
 def reading(n_layers=6):

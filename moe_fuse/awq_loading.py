@@ -154,13 +154,14 @@ if triton:
     @triton.jit
     def _awq_tile(qweight, qzeros, scales, out, n_in, n_words, GROUP: tl.constexpr, ROWS: tl.constexpr, WORDS: tl.constexpr):
         group, r = tl.program_id(0)*ROWS//GROUP, tl.program_id(0)*ROWS + tl.arange(0, ROWS)
-        c = tl.program_id(1)*WORDS*8 + tl.arange(0, WORDS*8)
-        word, shift = c//8, c%8//2*4 + c%2*16
-        ok = word<n_words
-        z = (tl.load(qzeros + group*n_words + word, ok) >> shift) & 15
-        s = tl.load(scales + group*n_words*8 + c, ok).to(tl.float32)
-        q = (tl.load(qweight + r[:,None]*n_words + word[None,:], ok[None,:]) >> shift[None,:]) & 15
-        tl.store(out + c[None,:].to(tl.int64)*n_in + r[:,None], ((q-z[None,:]).to(tl.float32)*s[None,:]).to(out.dtype.element_ty), ok[None,:])
+        word, c = tl.program_id(1)*WORDS + tl.arange(0, WORDS), tl.program_id(1)*WORDS*8 + tl.arange(0, WORDS*8)
+        k = tl.arange(0, 8)
+        shift, ok, inside = k//2*4 + k%2*16, word<n_words, c<n_words*8
+        z = (tl.load(qzeros + group*n_words + word, ok)[:,None] >> shift[None,:]) & 15
+        s = tl.load(scales + group*n_words*8 + c, inside).to(tl.float32)
+        q = tl.load(qweight + r[:,None]*n_words + word[None,:], ok[None,:])    # each word once, not once for each of its eight numbers
+        q = tl.reshape(((q[:,:,None] >> shift[None,None,:]) & 15) - z[None], (ROWS, WORDS*8))
+        tl.store(out + c[None,:].to(tl.int64)*n_in + r[:,None], (q.to(tl.float32)*s[None,:]).to(out.dtype.element_ty), inside[None,:])
 
 # %% ../nbs/00_awq_loading.ipynb #bdb52e2f
 def dequantize_awq(
@@ -176,7 +177,7 @@ def dequantize_awq(
     g, words = i//groups, qweight.shape[1]
     if triton and qweight.is_cuda and g%32==0:
         out, rows = torch.empty(words*8, i, dtype=dtype, device=qweight.device), 64 if g%64==0 else 32
-        _awq_tile[(i//rows, triton.cdiv(words, 8))](qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), out, i, words, g, rows, 8)
+        _awq_tile[(i//rows, triton.cdiv(words, 32))](qweight.contiguous(), qzeros.contiguous(), scales.contiguous(), out, i, words, g, rows, 32)
         return out
     if qweight.device.type!='cpu' or (256%g and g%256): return dequantize_awq_torch(qweight, qzeros, scales, dtype)   # also for a group size that no tile holds whole
     out = torch.empty(qweight.shape[1]*8, i)
@@ -250,13 +251,20 @@ _staging = functools.cache(Staging)
 def fetch(self:Checkpoint,
     names:list,   # tensors
     device='cpu', # where to
-) -> list: # the tensors, unconverted; on the CPU still mapped, on a GPU in memory of their own
+) -> list: # the tensors, unconverted; on the CPU still mapped, on a GPU in memory of their own, which neighbours in the file share
     "Several tensors on a device."
     if torch.device(device).type!='cuda': return [self.stored(k).to(device) for k in names]
-    raw = {k: torch.empty(self[k].end-self[k].start, dtype=torch.uint8, device=device) for k in names}
-    for shard in {self[k].shard for k in names}:
-        with open(self.folder/shard, 'rb') as f: _staging().send((f.fileno(), self[k].start, raw[k]) for k in names if self[k].shard==shard)
-    return [v.view(DTYPES[self[k].dtype]).view(self[k].shape) for k,v in raw.items()]
+    raw, runs = {}, {}                                                         # a run: tensors that lie next to each other in the file
+    for k in sorted(set(names), key=lambda k: (self[k].shard, self[k].start)):
+        rs, e = runs.setdefault(self[k].shard, []), self[k]
+        if rs and self[rs[-1][-1]].end==e.start: rs[-1].append(k)
+        else: rs.append([k])
+    for shard,rs in runs.items():
+        jobs = [(self[r[0]].start, torch.empty(self[r[-1]].end-self[r[0]].start, dtype=torch.uint8, device=device)) for r in rs]
+        with open(self.folder/shard, 'rb') as f: _staging().send((f.fileno(), *j) for j in jobs)
+        for (a,buf),r in zip(jobs, rs): raw |= {k: buf[self[k].start-a:self[k].end-a] for k in r}
+    def typed(v, e): return (v.clone() if v.storage_offset()%16 else v).view(DTYPES[e.dtype]).view(e.shape)
+    return [typed(raw[k], self[k]) for k in names]
 
 # %% ../nbs/00_awq_loading.ipynb #a7173da1
 @patch
@@ -335,8 +343,10 @@ def load_experts(
     n, ii, h = gate_up_shape
     out = {k: torch.empty(s, dtype=dtype, device=device) for k,s in dict(gate_up_proj=(n, ii, h), down_proj=(n, h, ii//2)).items()}
     names = expert_names(ck, prefix, n)
-    for first in range(0, n, 8):                                               # eight at a time, so that one is read while another is unpacked
-        jobs = [(w, d) for e,names_e in enumerate(names[first:first+8], first) for k,ws in names_e.items() for w,d in zip(ws, out[k][e].chunk(len(ws)))]
+    def place(e): at = ck[ck.parts(names[e]['down_proj'][0])[0]]; return at.shard, at.start
+    order = sorted(range(n), key=place)                                        # as they lie in the files: neighbours are read together
+    for first in range(0, n, 8):                                               # eight at a time, so that some are read while others are unpacked
+        jobs = [(w, d) for e in order[first:first+8] for k,ws in names[e].items() for w,d in zip(ws, out[k][e].chunk(len(ws)))]
         parts = iter(ck.fetch([p for w,_ in jobs for p in ck.parts(w)], device))
         for name,dest in jobs:
             w = ck.unpack(name, [next(parts) for _ in ck.parts(name)], dtype, check=False)

@@ -20,18 +20,20 @@ from .headers import *
 # %% ../nbs/03_merging.ipynb #a93fe35d
 MERGES = {}                                                                    # name -> operator
 
-def _group(w, a): # -> (w [n, ...] float32, a [n] that adds up to 1)
+def _weights(a, n): # member weights or None, how many -> [n] float32 on the CPU, which adds up to 1
+    a = torch.ones(n) if a is None else torch.as_tensor(a).float().cpu()
+    if a.shape!=(n,) or not a.isfinite().all() or (a<0).any(): raise BadInput(f'member weights {a.tolist()}: expected {n} finite numbers >= 0')
+    return a/a.sum() if a.sum()>0 else torch.full_like(a, 1/n)
+
+def _group(w, a): # -> (w [n, ...] float32, a [n] on the CPU)
     "Refuse what can't be merged"
     shapes = [tuple(x.shape) for x in w]
     if not shapes: raise BadInput('a group without members')
     if len(set(shapes))>1: raise BadInput(f'members of one group have unequal shapes: {", ".join(map(str, dict.fromkeys(shapes)))}')
     w = w.float() if isinstance(w, torch.Tensor) else torch.stack([x.float() for x in w])
-    bad = [i for i,x in enumerate(w) if x.numel() and not torch.stack(x.aminmax()).isfinite().all()]   # both are NaN if any entry is, and it takes a tenth of the time
-    if bad: raise BadInput(f'member {bad[0]} holds NaN or infinity')
-    a = torch.ones(len(w)) if a is None else torch.as_tensor(a).float()
-    if a.shape!=(len(w),) or not a.isfinite().all() or (a<0).any(): raise BadInput(f'member weights {a.tolist()}: expected {len(w)} finite numbers >= 0')
-    a = a.to(w.device)
-    return w, a/a.sum() if a.sum()>0 else torch.full_like(a, 1/len(a))
+    for i in (~w.reshape(len(w), -1).sum(1).isfinite()).nonzero()[:,0].tolist():   # one pass; a sum of finite numbers may overflow, so look again
+        if not w[i].isfinite().all(): raise BadInput(f'member {i} holds NaN or infinity')
+    return w, _weights(a, len(w))
 
 def _operator(f):
     "Put a merge of float32 tensors into `MERGES`, with checks before and the members' dtype after it"
@@ -41,7 +43,7 @@ def _operator(f):
     return merge
 
 # %% ../nbs/03_merging.ipynb #e0177054
-def _mix(w, a): return torch.einsum('n...,n->...', w, a)
+def _mix(w, a): return (a.to(w)@w.reshape(len(w), -1)).view(w.shape[1:])
 
 @_operator
 def merge_mean(
@@ -61,24 +63,27 @@ def _base(w, a, base): # group, its member weights, None, id or tensor -> (base 
         return base.to(w), w, a
     if base not in range(len(w)): raise BadInput(f'base is member {base}, there are {len(w)}')
     rest = [i for i in range(len(w)) if i!=base] or [base]
-    return w[base], *_group(w[rest], a[rest])
+    return w[base], w[rest], _weights(a[rest], len(rest))
 
 def _fraction(p):
     if not 0<p<=1: raise BadInput(f'p is {p}, it must lie in (0, 1]')
 
-def _largest(v, k): return v.argsort(dim=-1, descending=True, stable=True)[...,:k]   # of equals the first, always
-
-def _wide(c, w): return c.view(-1, *[1]*(w.dim()-1))                           # [n] -> [n, 1, ...]
+def _largest(v, k): # [n, F] -> [n, F] bool, k of each row; of equals the first, always
+    if not k: return torch.zeros_like(v, dtype=torch.bool)
+    least = v.topk(k, sorted=False).values.amin(1, keepdim=True)
+    keep = v>=least
+    for row,x,t,extra in zip(keep, v, least, (keep.sum(1)-k).tolist()):
+        if extra: row[(x==t).nonzero()[-extra:,0]] = False
+    return keep
 
 def _agree(tau, a, size): # [n, ...], [n], [...] size of the numbers that tau is a difference of -> [n, ...] bool
     "Members with the sign of the sum; where the sum is nothing but rounding there is no such sign, and all agree"
     s = _mix(tau, a)
-    return (tau!=0) & ((s.abs() <= 2**-20*size) | (tau.sign()==s.sign()))
+    return (tau!=0) & ((s.abs() <= 2**-20*size) | ((tau>0)==(s>0)))
 
 def _consensus(base, tau, c, keep): # [...], [n, ...], [n], [n, ...] bool -> [...]
-    m = keep*_wide(c, tau)
-    total = m.sum(0)
-    return base + torch.where(total>0, (m*tau).sum(0)/total.clamp(min=1e-30), 0)
+    total = _mix(keep.to(tau), c)
+    return base + torch.where(total>0, _mix(keep*tau, c)/total.clamp(min=1e-30), 0)
 
 # %% ../nbs/03_merging.ipynb #cbc0ab17
 @_operator
@@ -93,21 +98,23 @@ def merge_sce(
     base, w, a = _base(w, a, base)
     tau = w-base
     if p<1:
-        var = _mix((w-_mix(w, a)).square(), a).flatten()
-        chosen = torch.zeros_like(var)
-        chosen[_largest(var, int(p*(var>0).sum()))] = 1
-        tau = tau*chosen.view_as(base)
-    c = a*tau.square().flatten(1).mean(1) if tau.dim()>1 else a*tau.square()
+        var = _mix((w-_mix(w, a)).square(), a).view(1, -1)
+        tau = tau*_largest(var, int(p*(var>0).sum())).view_as(base)
+    c = a.to(tau)*tau.square().reshape(len(tau), -1).mean(1)
     return _consensus(base, tau, c/c.max().clamp(min=1e-30), _agree(tau, a, base.abs()+_mix(w.abs(), a)))
 
 # %% ../nbs/03_merging.ipynb #6fe7bafe
-def _norms(w): return w.reshape(len(w), -1).norm(dim=1, dtype=torch.float64).float()   # [n]; squares of small numbers would vanish in float32
+def _gram(w): # [n, ...] -> ([n, n] float64 dot products, [n] norms), on the CPU
+    "All that these operators have to know of where members lie; a piece at a time, for the products are taken in float64"
+    g = sum((v := x.double())@v.T for x in w.reshape(len(w), -1).split(2**17 if w.device.type=='cpu' else 2**22, 1)).cpu()
+    return g, g.diagonal().sqrt()
 
-def _directions(w, a): # -> (unit vectors [n, F], zero for a zero member; mean direction [F], None where they cancel; mean norm)
-    n = _norms(w)
-    u = w.reshape(len(w), -1)/n.clamp(min=1e-30)[:,None]
-    d = a@u
-    return u, d/d.norm() if d.norm()>1e-6*(a@(n>0).float()) else None, a@n
+def _directions(w, a): # -> (dot products of the unit vectors [n, n], what each W_i counts in its own; in the mean direction [n], None where they cancel; mean norm)
+    g, norm = _gram(w)
+    unit = torch.where(norm>0, 1/norm, 0)                                      # a zero member has no direction
+    g, a = g*unit*unit[:,None], a.double()
+    d = (a@g@a).clamp(min=0).sqrt()
+    return g, unit, a/d if d>1e-6*a[norm>0].sum() else None, a@norm
 
 @_operator
 def merge_multislerp(
@@ -116,10 +123,13 @@ def merge_multislerp(
     base=None,      # None for the origin, the id of a member, or a tensor [...]
 ) -> torch.Tensor: # [...]
     "Mean direction times mean norm."
-    if base is None: base = torch.zeros_like(w[0])
-    base, w, a = _base(w, a, base)
-    _, d, norm = _directions(w-base, a)
-    return base if d is None else base + norm*d.view_as(base)
+    if base is not None:
+        base, w, a = _base(w, a, base)
+        w = w-base
+    _, unit, c, norm = _directions(w, a)
+    out = torch.zeros_like(w[0]) if c is None else _mix(w, c*unit*norm)
+    return out if base is None else base+out
+
 
 # %% ../nbs/03_merging.ipynb #00996aa8
 @_operator
@@ -129,11 +139,11 @@ def merge_slerp(
 ) -> torch.Tensor: # [...]
     "A point on the arc between two."
     if len(w)!=2: raise BadInput(f'SLERP is for pairs, the group has {len(w)} members')
-    u = _directions(w, a)[0]
-    cos = (u[0]@u[1]).clamp(-1, 1)
+    cos = _directions(w, a)[0][0,1].clamp(-1, 1)
     if cos.abs()>=.9995: return _mix(w, a)
     theta = cos.arccos()
     return _mix(w, (a*theta).sin()/theta.sin())
+
 
 # %% ../nbs/03_merging.ipynb #cbb54ddb
 @_operator
@@ -144,21 +154,20 @@ def merge_karcher(
     tol=1e-6,       # radians of the step at which it stops
 ) -> torch.Tensor: # [...]
     "The mean on the sphere, times the mean norm."
-    u, mu, norm = _directions(w, a)
-    if mu is None: return torch.zeros_like(w[0])
-    a = a*(_norms(w)>0); a = a/a.sum()
-    last = torch.inf
-    for _ in range(steps):
-        cos = u@mu
-        t = u - cos[:,None]*mu
-        sin = t.norm(dim=1)
-        v = (a*torch.where(sin>0, torch.atan2(sin, cos)/sin.clamp(min=1e-30), 0))@t
-        step = v.norm()
-        if step<=tol or last<=step<1e-5: break                                 # rounding of long vectors lets it shrink no further
-        last = step
-        mu = mu*step.cos() + v*(step.sin()/step)
-        mu = mu/mu.norm()
-    return norm*mu.view_as(w[0])
+    g, unit, c, norm = _directions(w, a)
+    if c is None: return torch.zeros_like(w[0])
+    a = torch.where(unit>0, a.double(), 0); a = a/a.sum()
+    for _ in range(steps):                                                     # mu = sum c_i u_i, so n numbers are all that moves
+        cos = (g@c).clamp(-1, 1)
+        sin = (1-cos.square()).sqrt()
+        r = a*torch.where(sin>1e-7, torch.atan2(sin, cos)/sin.clamp(min=1e-7), (cos>0).double())   # an antipode has no logarithm
+        v = r - (r@cos)*c
+        step = (v@g@v).clamp(min=0).sqrt()
+        if step<=tol: break
+        c = c*step.cos() + v*(step.sin()/step)
+        c = c/(c@g@c).sqrt()
+    return _mix(w, c*unit*norm)
+
 
 # %% ../nbs/03_merging.ipynb #aa8ab579
 @_operator
@@ -173,9 +182,8 @@ def merge_ties(
     base, w, a = _base(w, a, base)
     tau = w-base
     if p<1:
-        flat = tau.reshape(len(tau), -1)
-        top = _largest(flat.abs(), max(1, int(p*flat.shape[1])))
-        tau = torch.zeros_like(flat).scatter_(1, top, flat.gather(1, top)).view_as(tau)
+        size = tau.abs().reshape(len(tau), -1)
+        tau = tau*_largest(size, max(1, int(p*size.shape[1]))).view_as(tau)
     return _consensus(base, tau, a, _agree(tau, a, base.abs()+_mix(w.abs(), a)))
 
 # %% ../nbs/03_merging.ipynb #e98b1bbf
@@ -185,9 +193,11 @@ def merge_medoid(
     a=None,         # [n] member weights; None for equal ones
 ) -> torch.Tensor: # [...]
     "The member nearest to the others."
-    cost = torch.stack([_norms(w-x)@a for x in w])
+    g, norm = _gram(w)
+    cost = (norm.square() + norm.square()[:,None] - 2*g).clamp(min=0).sqrt()@a.double()
     near = cost <= cost.min()*(1+1e-6)
-    return w[torch.where(near, _norms(w), -1).argmax()]
+    return w[torch.where(near, norm, -1).argmax()]
+
 
 # %% ../nbs/03_merging.ipynb #d80db380
 def merge(
@@ -277,7 +287,7 @@ def merge_outputs(
     if int(groups.max())+1!=len(gate_up): raise BadInput(f'groups name {int(groups.max())+1} cores, gate_up has {len(gate_up)}')
     down, a = mean_cores(experts.down_proj, groups, usage), usage.float().cpu()
     for c,ids in enumerate((groups==c).nonzero()[:,0].tolist() for c in range(len(gate_up))):
-        xc, ac = x[p.token[torch.isin(p.expert, torch.tensor(ids, device=x.device))].unique()], _group(down[[0]*len(ids)], a[ids])[1]
+        xc, ac = x[p.token[torch.isin(p.expert, torch.tensor(ids, device=x.device))].unique()], _weights(a[ids], len(ids))
         y = sum(ai*(hidden(experts.gate_up_proj[i], xc)@experts.down_proj[i].T) for i,ai in zip(ids, ac.tolist()))
         if len(ids)==1: down[c] = experts.down_proj[ids[0]]
         elif len(xc): down[c] = lstsq_down(hidden(gate_up[c], xc), y, down[c])
