@@ -16,7 +16,7 @@ PARTS = {                                                                      #
     'reading':      ('unpacking and reading weights', 'reading', '--device cpu --repeats 9', BIG),
     'calibration':  ('the pass over the text', 'streaming', '--times 1 --tokens 8192 --repeats 2 --long', f'--times 8 --tokens 65536 --repeats 3 --long {BIG}'),
     'counting':     ('which experts fire together', 'coactivation', '--tokens 200000', '--tokens 1000000'),
-    'analysis':     ('what would be lost', 'analysis_time', 'demo demo --tokens 16384', 'demo demo --tokens 65536'),
+    'analysis':     ('what would be lost', 'analysis_time', 'demo demo --tokens 16384', f'demo demo --tokens 65536 {BIG}'),
     'merging':      ('merge operators', 'merging', '--device cpu', f'--rows 2816 --columns 2048 {BIG}'),
     'closed form':  ('the joint fit, and how it grows', 'closed_form', '--grow --device cpu', f'--grow {BIG}'),
     'distillation': ('a step of training one layer', 'distillation', '--device cpu', f'--width 2048 --expert 1408 --tokens 8192 {BIG}'),
