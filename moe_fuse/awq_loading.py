@@ -292,8 +292,9 @@ def unpack(self:Checkpoint,
         else: w = parts[0]
     except ValueError as e: raise BadInput(f'{self.folder}: {name}: {e}') from None
     if w.dtype in (torch.float8_e4m3fn, torch.float8_e5m2): raise BadInput(f'{self.folder/self[name].shard}: {name} is FP8 without its scales')
-    if check and w.numel() and not torch.stack(torch.aminmax(w)).isfinite().all(): raise BadInput(f'{self.folder}: {name} holds NaN or Inf')   # aminmax: one pass, and NaN shows in both
-    return w.to(dtype)
+    w = w.to(dtype)
+    if check and w.numel() and not torch.stack(torch.aminmax(w)).isfinite().all(): raise BadInput(f'{self.folder}: {name} holds NaN or Inf in {str(dtype)[6:]}')   # aminmax: one pass, and NaN shows in both
+    return w
 
 # %% ../nbs/00_awq_loading.ipynb #28541f92
 @patch

@@ -69,7 +69,7 @@ def _fraction(p):
     if not 0<p<=1: raise BadInput(f'p is {p}, it must lie in (0, 1]')
 
 def _largest(v, k): # [n, F] -> [n, F] bool, k of each row; of equals the first, always
-    if not k: return torch.zeros_like(v, dtype=torch.bool)
+    if not k or not v.numel(): return torch.zeros_like(v, dtype=torch.bool)
     least = v.topk(k, sorted=False).values.amin(1, keepdim=True)
     keep = v>=least
     for row,x,t,extra in zip(keep, v, least, (keep.sum(1)-k).tolist()):
@@ -83,7 +83,7 @@ def _agree(tau, a, size): # [n, ...], [n], [...] size of the numbers that tau is
 
 def _consensus(base, tau, c, keep): # [...], [n, ...], [n], [n, ...] bool -> [...]
     total = _mix(keep.to(tau), c)
-    return base + torch.where(total>0, _mix(keep*tau, c)/total.clamp(min=1e-30), 0)
+    return base + torch.where(total>0, _mix(torch.where(keep, tau, 0), c)/total.clamp(min=1e-30), 0)
 
 # %% ../nbs/03_merging.ipynb #cbc0ab17
 @_operator
@@ -99,22 +99,24 @@ def merge_sce(
     tau = w-base
     if p<1:
         var = _mix((w-_mix(w, a)).square(), a).view(1, -1)
-        tau = tau*_largest(var, int(p*(var>0).sum())).view_as(base)
+        tau = torch.where(_largest(var, int(p*(var>0).sum())).view_as(base), tau, 0)
     c = a.to(tau)*tau.square().reshape(len(tau), -1).mean(1)
     return _consensus(base, tau, c/c.max().clamp(min=1e-30), _agree(tau, a, base.abs()+_mix(w.abs(), a)))
 
 # %% ../nbs/03_merging.ipynb #6fe7bafe
-def _gram(w): # [n, ...] -> ([n, n] float64 dot products, [n] norms), on the CPU
+def _gram(w): # [n, ...] -> [n, n] float64 dot products, on the CPU
     "All that these operators have to know of where members lie; a piece at a time, for the products are taken in float64"
-    g = sum((v := x.double())@v.T for x in w.reshape(len(w), -1).split(2**17 if w.device.type=='cpu' else 2**22, 1)).cpu()
-    return g, g.diagonal().sqrt()
+    return sum((v := x.double())@v.T for x in w.reshape(len(w), -1).split(2**17 if w.device.type=='cpu' else 2**22, 1)).cpu()
 
-def _directions(w, a): # -> (dot products of the unit vectors [n, n], what each W_i counts in its own; in the mean direction [n], None where they cancel; mean norm)
-    g, norm = _gram(w)
+def _directions(w, a): # -> (dot products of unit vectors [n, n]; one over each norm [n], 0 for a zero member; weights of unit vectors in the mean direction [n], None where they cancel; mean norm)
+    g = _gram(w); norm = g.diagonal().sqrt()
     unit = torch.where(norm>0, 1/norm, 0)                                      # a zero member has no direction
     g, a = g*unit*unit[:,None], a.double()
     d = (a@g@a).clamp(min=0).sqrt()
     return g, unit, a/d if d>1e-6*a[norm>0].sum() else None, a@norm
+
+def _reach(w, c): # _mix, of members so unequal that a number of c may not fit into float32
+    return _mix(w, c) if c.abs().max()<1e30 else _mix(w.double(), c).float()
 
 @_operator
 def merge_multislerp(
@@ -127,7 +129,7 @@ def merge_multislerp(
         base, w, a = _base(w, a, base)
         w = w-base
     _, unit, c, norm = _directions(w, a)
-    out = torch.zeros_like(w[0]) if c is None else _mix(w, c*unit*norm)
+    out = torch.zeros_like(w[0]) if c is None else _reach(w, c*unit*norm)
     return out if base is None else base+out
 
 
@@ -146,6 +148,11 @@ def merge_slerp(
 
 
 # %% ../nbs/03_merging.ipynb #cbb54ddb
+def _points(g): # [n, n] dot products -> ([n, r] points that have them, [n, r] what each member counts in a unit of an axis)
+    lam, q = torch.linalg.eigh(g)
+    q, root = q[:,lam>1e-12*lam[-1]], lam[lam>1e-12*lam[-1]].sqrt()
+    return q*root, q/root
+
 @_operator
 def merge_karcher(
     w:torch.Tensor, # [n, ...] the group
@@ -157,16 +164,18 @@ def merge_karcher(
     g, unit, c, norm = _directions(w, a)
     if c is None: return torch.zeros_like(w[0])
     a = torch.where(unit>0, a.double(), 0); a = a/a.sum()
-    for _ in range(steps):                                                     # mu = sum c_i u_i, so n numbers are all that moves
-        cos = (g@c).clamp(-1, 1)
-        sin = (1-cos.square()).sqrt()
-        r = a*torch.where(sin>1e-7, torch.atan2(sin, cos)/sin.clamp(min=1e-7), (cos>0).double())   # an antipode has no logarithm
-        v = r - (r@cos)*c
-        step = (v@g@v).clamp(min=0).sqrt()
+    u, back = _points(g)
+    mu = c@u
+    for _ in range(steps):
+        mu = mu/mu.norm()
+        cos = u@mu
+        t = u - cos[:,None]*mu
+        sin = t.norm(dim=1)
+        v = (a*torch.where(sin>1e-5, torch.atan2(sin, cos)/sin.clamp(min=1e-5), (cos>0).double()))@t   # an antipode has no logarithm
+        step = v.norm()
         if step<=tol: break
-        c = c*step.cos() + v*(step.sin()/step)
-        c = c/(c@g@c).sqrt()
-    return _mix(w, c*unit*norm)
+        mu = mu*step.cos() + v*(step.sin()/step)
+    return _reach(w, (back@(mu/mu.norm()))*unit*norm)
 
 
 # %% ../nbs/03_merging.ipynb #aa8ab579
@@ -183,7 +192,7 @@ def merge_ties(
     tau = w-base
     if p<1:
         size = tau.abs().reshape(len(tau), -1)
-        tau = tau*_largest(size, max(1, int(p*size.shape[1]))).view_as(tau)
+        tau = torch.where(_largest(size, max(1, int(p*size.shape[1]))).view_as(tau), tau, 0)
     return _consensus(base, tau, a, _agree(tau, a, base.abs()+_mix(w.abs(), a)))
 
 # %% ../nbs/03_merging.ipynb #e98b1bbf
@@ -193,8 +202,9 @@ def merge_medoid(
     a=None,         # [n] member weights; None for equal ones
 ) -> torch.Tensor: # [...]
     "The member nearest to the others."
-    g, norm = _gram(w)
-    cost = (norm.square() + norm.square()[:,None] - 2*g).clamp(min=0).sqrt()@a.double()
+    g = _gram(w-w[0])                                                          # near members: of differences, so that nothing cancels
+    d = (g.diagonal() + g.diagonal()[:,None] - g - g.T).clamp(min=0).fill_diagonal_(0).sqrt()
+    cost, norm = d@a.double(), w.reshape(len(w), -1).norm(dim=1, dtype=torch.float64).cpu()
     near = cost <= cost.min()*(1+1e-6)
     return w[torch.where(near, norm, -1).argmax()]
 

@@ -182,6 +182,22 @@ def test_experts_stored_as_one_tensor_are_read_too(tmp_path):
     a, b, toks = Checkpoint(write(tmp_path/'a', config, state)), Checkpoint(write(tmp_path/'b', config, fused)), tokens()
     assert torch.equal(logits_of(a, toks)(0, len(toks)), logits_of(b, toks)(0, len(toks)))
 
+def test_experts_come_in_their_order_whatever_that_of_the_file(tmp_path):
+    "Names sort as text: 10 comes before 2"
+    config, state = tiny(V3, n_routed_experts=12)
+    ck, prefix = Checkpoint(write(tmp_path, config, state, 3)), 'model.layers.1.mlp.experts.'
+    up, down = load_experts(ck, prefix, (12, 2*config['moe_intermediate_size'], config['hidden_size']))
+    for e in range(12): assert torch.equal(up[e], torch.cat([state[f'{prefix}{e}.{k}_proj.weight'].float() for k in ('gate', 'up')])) and torch.equal(down[e], state[f'{prefix}{e}.down_proj.weight'].float())
+
+@pytest.mark.parametrize('value,dtype', [(float('nan'), torch.float32), (float('inf'), torch.bfloat16), (1e38, torch.float16)])
+def test_an_expert_that_is_not_finite_is_refused_by_name(tmp_path, value, dtype):
+    "Nor may it become so by rounding"
+    config, state = tiny(V3, n_routed_experts=12)
+    k = 'model.layers.1.mlp.experts.10.up_proj.weight'
+    state[k] = state[k].float(); state[k][3,1] = value
+    with pytest.raises(BadInput, match='holds NaN or Inf') as e: load_experts(Checkpoint(write(tmp_path, config, state)), 'model.layers.1.mlp.experts.', (12, 2*config['moe_intermediate_size'], config['hidden_size']), dtype)
+    assert k in str(e.value)
+
 def test_fp8_without_its_scale_is_refused_by_name(tmp_path):
     config, disk, back = pack(*tiny(V3), 'fp8')
     k = next(k for k in disk if k.endswith('.experts.3.up_proj.weight'))

@@ -72,6 +72,12 @@ def test_karcher_is_mergekits(oracle, n, seed, zero, spread):
     if zero: w[0] = 0
     if n>1 or not zero: close(merge_karcher(w), oracle(w, 'karcher', max_iter=1000, tol=1e-9), 2e-5)
 
+@few
+@given(st.integers(4, 40), seeds, st.floats(0, 1))
+def test_karcher_of_more_members_than_dimensions_is_mergekits(oracle, n, seed, spread):
+    w = some(n, (3,), seed=seed)*spread + some(1, (3,), seed=seed+1)
+    close(merge_karcher(w), oracle(w, 'karcher', max_iter=1000, tol=1e-9), 2e-4)
+
 @pytest.mark.parametrize('how', ['mean', 'sce', 'multislerp', 'karcher', 'ties'])
 @pytest.mark.parametrize('seed', range(3))
 def test_bfloat16_is_mergekits_float32_rounded(oracle, how, seed):
@@ -105,6 +111,26 @@ BASES = [(k, {}) for k in MERGES] + [('sce', dict(p=.3)), ('ties', dict(p=.3))]
 def test_identical_members_are_the_member(how, kw, n, seed, scale):
     w = scale*some(1, seed=seed).expand(2 if how in PAIRS_ONLY else n, -1, -1)
     close(merge(w, how, **kw), w[0], 1e-6)
+
+@few
+@given(st.integers(2, 64), st.sampled_from([1, 3, 30_000]), seeds)
+def test_karcher_of_members_on_a_line_has_their_mean_norm(n, size, seed):
+    "Or is zero, where as many pull one way as the other"
+    g = torch.Generator().manual_seed(seed)
+    w, a = some(1, (size,), seed=seed)*(torch.randn(n, 1, generator=g)+.1), torch.rand(n, generator=g)
+    got = merge_karcher(w, a)
+    assert not got.any() or abs(got.double().norm()/(a.double()@w.double().norm(dim=1)/a.double().sum())-1)<1e-5
+
+@pytest.mark.parametrize('apart', [1e-6, 1e-4, 1e-2])
+def test_medoid_of_a_pair_is_the_longer_one(apart):
+    for seed in range(20):
+        w = some(1, (300,), seed=seed) + apart*some(2, (300,), seed=seed+100)
+        assert torch.equal(merge_medoid(w), w[w.double().norm(dim=1).argmax()])
+
+def test_members_of_very_unequal_norms():
+    w = torch.tensor([[1e-38, 0], [0, 100]])
+    for how in 'karcher', 'multislerp': close(merge(w, how), torch.full((2,), 50/2**.5))
+    for how in names: assert merge(torch.zeros(2, 0), how, **(dict(p=.5) if how in ('sce', 'ties') else {})).shape==(0,)
 
 @pytest.mark.parametrize('how,kw', BASES, ids=str)
 @settings(max_examples=25, deadline=None)
