@@ -132,7 +132,6 @@ def merge_multislerp(
     out = torch.zeros_like(w[0]) if c is None else _reach(w, c*unit*norm)
     return out if base is None else base+out
 
-
 # %% ../nbs/03_merging.ipynb #00996aa8
 @_operator
 def merge_slerp(
@@ -145,7 +144,6 @@ def merge_slerp(
     if cos.abs()>=.9995: return _mix(w, a)
     theta = cos.arccos()
     return _mix(w, (a*theta).sin()/theta.sin())
-
 
 # %% ../nbs/03_merging.ipynb #cbb54ddb
 def _points(g): # [n, n] dot products -> ([n, r] points that have them, [n, r] what each member counts in a unit of an axis)
@@ -177,7 +175,6 @@ def merge_karcher(
         mu = mu*step.cos() + v*(step.sin()/step)
     return _reach(w, (back@(mu/mu.norm()))*unit*norm)
 
-
 # %% ../nbs/03_merging.ipynb #aa8ab579
 @_operator
 def merge_ties(
@@ -207,7 +204,6 @@ def merge_medoid(
     cost, norm = d@a.double(), w.reshape(len(w), -1).norm(dim=1, dtype=torch.float64).cpu()
     near = cost <= cost.min()*(1+1e-6)
     return w[torch.where(near, norm, -1).argmax()]
-
 
 # %% ../nbs/03_merging.ipynb #d80db380
 def merge(
